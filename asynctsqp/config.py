@@ -1,0 +1,193 @@
+"""The options of the commands and of the engine: one table, from which argparse, the Python API and the
+`config` entry of --json are all made.
+
+Each option is a dataclass field. `built` holds the values that this version has; the others are accepted by
+the parser, so that scripts may name them, and refused in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from asynctsqp.errors import BadInputError, NotBuiltError
+from asynctsqp.shm import ALIGNMENT, MAX_LANES
+from asynctsqp.sockets import MAX_FRAME_BYTES
+
+SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
+Options = TypeVar("Options")
+
+
+def parse_size(text: str | int) -> int:
+    """'512M' -> bytes, in powers of 1024."""
+    match = SIZE.fullmatch(str(text).strip())
+    if not match:
+        raise BadInputError(f"{text!r} is not a size: write bytes, or a number with K, M, G or T")
+    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+
+
+def option(default: Any, help: str, **details: Any) -> Any:
+    """A field with what argparse needs: type, choices, metavar, and `built` (see the module's docstring)."""
+    return dataclasses.field(default=default, metadata={"help": help, **details})
+
+
+def _size(help: str, **details: Any) -> Any:
+    return option(None, help, type=parse_size, metavar="SIZE", **details)
+
+
+def _later(default: Any, help: str, **details: Any) -> Any:
+    return option(default, help, built=(default,), **details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine runs. Raises BadInputError for a value that makes no sense, NotBuiltError for a later one."""
+
+    dtype: str = option(
+        "float32", "of the products and of tensors between the sides", choices=("float32", "bfloat16", "float16")
+    )
+    partition: str = option(
+        "shielded",
+        "what leaves the enclave",
+        choices=("per-op", "batched", "shielded", "fused", "fused-layer"),
+        built=("shielded",),
+    )
+    transport: str = option(
+        "auto",
+        "how tensors travel; auto is shared memory where both sides see it",
+        choices=("auto", "shm", "binary", "msgpack"),
+        built=("auto", "shm", "binary"),
+    )
+    compress: str = option(
+        "none", "tensors off shared memory", choices=("none", "lz4", "zstd"), built=("none",)
+    )
+    protect: str = option(
+        "none",
+        "masks and checks on what the GPU side sees and answers",
+        choices=("none", "mask", "verify", "full"),
+        built=("none",),
+    )
+    weight_bits: int = option(8, "of the weights under --protect", type=int, choices=(8, 12), built=(8,))
+    mask_memory: int | None = _size("of the mask bank", built=(None,))
+    mask_peer: str | None = _later(None, "a second GPU side that makes masks", metavar="ENDPOINT")
+    mask_peer_key: str | None = _later(None, "its public key", metavar="KEY")
+    lanes: int | None = option(None, "micro-batches in flight (default: chosen)", type=int, metavar="N")
+    chunk_tokens: int | None = option(
+        None, "tokens of a prompt that go through the layers together (default: chosen)", type=int, metavar="N"
+    )
+    slot_bytes: int | None = _size("of each of a lane's four slots (default: 16M, or what the model needs)")
+    kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
+    doorbell: str = option(
+        "auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"), built=("auto", "off")
+    )
+    reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")
+    threads: int | None = option(None, "for this side's tensor work (default: chosen)", type=int, metavar="N")
+    shm_name: str | None = option(None, "name of the shared-memory region (default: random)", metavar="NAME")
+    enclave: bool = _later(False, "enforce what an enclave must not do")
+    stats: bool = _later(False, "report where the time went")
+    log_rpc: str | None = _later(None, "one JSON line for each call", metavar="FILE")
+    trace: str | None = _later(None, "a timeline for Perfetto", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_at_least(self, 1, "lanes", "chunk_tokens", "threads", "slot_bytes", "kv_memory")
+        _check_at_least(self, 0, "reconnect_s")
+        if self.lanes and self.lanes > MAX_LANES:
+            raise BadInputError(f"--lanes is at most {MAX_LANES}")
+        if self.slot_bytes and self.slot_bytes % ALIGNMENT:
+            raise BadInputError(f"--slot-bytes must be a multiple of {ALIGNMENT}")
+        if self.slot_bytes and self.transport == "binary" and self.slot_bytes > MAX_FRAME_BYTES:
+            raise BadInputError(f"--slot-bytes is at most {MAX_FRAME_BYTES >> 20}M where tensors travel as messages")
+        if self.shm_name and self.transport == "binary":
+            raise BadInputError("--shm-name names shared memory, which --transport binary does not use")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How one answer is made. None: what the checkpoint's generation config says, else off."""
+
+    max_new_tokens: int = option(256, "at most, and at most what the context holds", type=int, metavar="N")
+    temperature: float | None = option(
+        None, "0 is greedy (default: the checkpoint's generation config, else greedy)", type=float, metavar="T"
+    )
+    top_p: float | None = option(None, "smallest set of tokens with this probability", type=float, metavar="P")
+    top_k: int | None = option(None, "only the K likeliest tokens; 0 is all", type=int, metavar="K")
+    seed: int | None = option(None, "of the sampler (default: from the operating system)", type=int, metavar="S")
+    stop: tuple[str, ...] = option((), "end before this text; may be given again", action="append", metavar="TEXT")
+    ignore_eos: bool = option(False, "never sample an end-of-sequence token")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise BadInputError("--stop takes text that is not empty")
+        _check_at_least(self, 1, "max_new_tokens")
+        _check_at_least(self, 0, "temperature", "top_k")
+        if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
+            raise BadInputError("--top-p is above 0 and at most 1")
+
+
+def make(options_class: type[Options], values: dict[str, Any]) -> Options:
+    """The options from keyword arguments. Raises BadInputError for a name that does not exist."""
+    names = {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise BadInputError(f"there is no option {name!r}; there are: {', '.join(sorted(names))}")
+    return options_class(**values)
+
+
+def add_arguments(parser: argparse.ArgumentParser, options_class: type) -> None:
+    """One flag for each field of an options class."""
+    group = parser.add_argument_group(options_class.__name__)
+    for field in dataclasses.fields(options_class):
+        details = {key: value for key, value in field.metadata.items() if key != "built"}
+        if field.type == "bool":
+            details["action"] = "store_true"
+        default = None if details.get("action") == "append" else field.default
+        group.add_argument(_flag(field.name), default=default, **details)
+
+
+def from_arguments(options_class: type[Options], arguments: argparse.Namespace) -> Options:
+    """The options out of what argparse parsed."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+    if "stop" in values:
+        values["stop"] = tuple(values["stop"] or ())
+    return options_class(**values)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors as this project writes them: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_choices(options: Any) -> None:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        choices, built = field.metadata.get("choices"), field.metadata.get("built")
+        if choices and value not in choices:
+            raise BadInputError(f"{_flag(field.name)} is one of {', '.join(map(str, choices))}, not {value!r}")
+        if built and value not in built:
+            shown = "" if isinstance(value, bool) else f" {value}"
+            raise NotBuiltError(f"{_flag(field.name)}{shown} is not built yet")
+
+
+def _check_at_least(options: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and _number(name, value) < least:
+            raise BadInputError(f"{_flag(name)} is at least {least}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadInputError(f"{_flag(name)} takes a number, not {value!r}")
+    return value

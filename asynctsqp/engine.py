@@ -1,0 +1,204 @@
+"""The async Python API. An engine is the TEE side in a thread of this process.
+
+    async with asynctsqp.Engine.launch(model) as engine:
+        async for piece in engine.generate("Once upon a time", max_new_tokens=64):
+            print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.config import EngineOptions, SamplingOptions, make
+from asynctsqp.errors import BadInputError, EngineClosed
+from asynctsqp.loop_thread import LoopThread
+from tee_side.local_gpu import LocalGpuSide
+from tee_side.pipeline import Piece, Pipeline, Progress, RpcTotals, Timing
+from tee_side.tokenizer import Prompt
+
+__all__ = ["Completion", "Engine", "Piece"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer. `text` excludes the prompt; times in seconds; bytes are of tensors, both ways apart."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str  # "stop" or "length"
+    timing: Timing
+    rpc: RpcTotals
+
+
+class Engine:
+    """Make it with `launch` or `connect` and use it as an async context manager.
+
+    All methods may be called from any asyncio loop, which is never blocked, and many at once. Errors are those
+    of asynctsqp.errors: BadInputError for options, files and prompts, GpuSideError for the other side.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], gpu: str | None, options: dict[str, Any]) -> None:
+        self._model = os.fspath(model)
+        self._gpu = gpu
+        self.options = make(EngineOptions, options)
+        self._thread: LoopThread | None = None
+        self._pipeline: Pipeline | None = None
+        self._local: LocalGpuSide | None = None
+
+    @classmethod
+    def launch(cls, model: str | os.PathLike[str], **options: Any) -> Engine:
+        """An engine with a GPU side of its own on this machine. Options: config.EngineOptions."""
+        return cls(model, None, options)
+
+    @classmethod
+    def connect(cls, model: str | os.PathLike[str], gpu: str, **options: Any) -> Engine:
+        """An engine that uses the GPU side at an endpoint, as in 'tcp://127.0.0.1:5555'."""
+        return cls(model, gpu, options)
+
+    async def __aenter__(self) -> Engine:
+        if self._thread is not None:
+            raise EngineClosed("this engine is running already")
+        threads = self.options.threads or _cores()
+        self._thread = LoopThread("asynctsqp", threads)
+        try:
+            self._pipeline = await self._thread.run(self._open(threads))
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close()
+
+    async def generate(
+        self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any
+    ) -> AsyncIterator[Piece]:
+        """Yields a Piece for each token. prompt: text, token ids, or chat messages; sampling: SamplingOptions.
+
+        progress: where counts and times are written, up to date at each piece. Ending the iteration early, or
+        cancelling it, ends the work and frees what it held.
+        """
+        thread, pipeline = self._running()
+        options = make(SamplingOptions, sampling)
+        caller = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Piece] = asyncio.Queue()
+
+        async def produce() -> None:
+            async with contextlib.aclosing(pipeline.generate(prompt, options, progress or Progress())) as pieces:
+                async for piece in pieces:
+                    caller.call_soon_threadsafe(arrived.put_nowait, piece)
+
+        producer = asyncio.ensure_future(thread.run(produce()))
+        try:
+            while not producer.done() or not arrived.empty():
+                piece = await _next(arrived, producer)
+                if piece is not None:
+                    yield piece
+            await producer
+        finally:
+            producer.cancel()
+
+    async def complete(self, prompt: Prompt, **sampling: Any) -> Completion:
+        """`generate`, all at once."""
+        progress = Progress()
+        async with contextlib.aclosing(self.generate(prompt, progress=progress, **sampling)) as stream:
+            pieces = [piece async for piece in stream]
+        return completion(pieces, progress)
+
+    async def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The scores after each of the tokens: [tokens, vocab] float32."""
+        thread, pipeline = self._running()
+        return await thread.run(pipeline.logits(token_ids))
+
+    def _running(self) -> tuple[LoopThread, Pipeline]:
+        if self._thread is None or self._pipeline is None:
+            raise EngineClosed("the engine is not running: use it inside `async with`")
+        return self._thread, self._pipeline
+
+    async def _open(self, threads: int) -> Pipeline:
+        checkpoint = await asyncio.to_thread(Checkpoint.find, self._model)
+        return await Pipeline.open(checkpoint, self.options, self._endpoint(checkpoint, threads))
+
+    def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
+        if self._gpu is not None:
+            return _fixed(check_endpoint(self._gpu))
+        local = self._local = LocalGpuSide(str(checkpoint.directory), self.options.dtype, threads)
+
+        async def endpoint() -> str:
+            return await asyncio.to_thread(local.endpoint)
+
+        return endpoint
+
+    async def _close(self) -> None:
+        thread, self._thread = self._thread, None
+        pipeline, self._pipeline = self._pipeline, None
+        if thread is None:
+            return
+        await thread.run(_shut_down(pipeline, self._local))
+        await asyncio.to_thread(thread.stop)
+
+
+def completion(pieces: Sequence[Piece], progress: Progress) -> Completion:
+    """What the pieces of a finished stream add up to."""
+    return Completion(
+        text="".join(piece.text for piece in pieces),
+        token_ids=[piece.token_id for piece in pieces],
+        prompt_tokens=progress.prompt_tokens,
+        completion_tokens=progress.completion_tokens,
+        finish_reason=pieces[-1].finish_reason or "stop",
+        timing=progress.timing,
+        rpc=progress.rpc,
+    )
+
+
+def check_endpoint(endpoint: str) -> str:
+    """Raises BadInputError for something that is no endpoint."""
+    if not endpoint.startswith(("tcp://", "ipc://")):
+        raise BadInputError(f"--gpu takes tcp://HOST:PORT or ipc://PATH, not {endpoint!r}")
+    return endpoint
+
+
+async def _next(arrived: asyncio.Queue[Piece], producer: asyncio.Future[None]) -> Piece | None:
+    """The next piece, or None once the producer has ended."""
+    get = asyncio.ensure_future(arrived.get())
+    try:
+        await asyncio.wait((get, producer), return_when=asyncio.FIRST_COMPLETED)
+        return get.result() if get.done() else None
+    finally:
+        get.cancel()
+
+
+async def _shut_down(pipeline: Pipeline | None, local: LocalGpuSide | None) -> None:
+    """Ends what still runs in the engine's loop, then the link, then the local GPU side."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if pipeline is not None:
+        pipeline.close()
+    if local is not None:
+        await asyncio.to_thread(local.stop)
+
+
+def _fixed(endpoint: str) -> Callable[[], Awaitable[str]]:
+    async def address() -> str:
+        return endpoint
+
+    return address
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

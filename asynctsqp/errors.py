@@ -1,0 +1,89 @@
+"""Every error that this project raises on purpose.
+
+    AsynctsqpError
+    |-- BadInputError            the caller's arguments, prompt or files          exit code 2
+    |   |-- NotBuiltError        a documented option value that is still to come
+    |   |-- CheckpointError      a model directory that cannot be used
+    |   |-- PromptError          a prompt that cannot be run
+    |   |-- SharedMemoryError    no room, or no right, to make a region
+    |   `-- HandshakeRefused     the GPU side will not serve this model or setting
+    |-- GpuSideError             the untrusted side                               exit code 3
+    |   |-- GpuSideUnreachable   nobody answers at the endpoint                   may be retried
+    |   |-- GpuSideLost          the connection ended while it was in use         may be retried
+    |   |-- ProtocolError        it sent something that is not of the protocol
+    |   `-- CallRefused          it answered one call with an error
+    |-- IntegrityError           a wrong answer was caught                        exit code 4
+    `-- EngineClosed             a call on an engine that is not running
+
+`retryable` says whether the same call may be made again on a new connection. The text of each error is
+one line that says what to do next; it never contains a prompt, a token or an activation.
+"""
+
+
+class AsynctsqpError(Exception):
+    """Base of all errors of this project."""
+
+    exit_code = 1
+    retryable = False
+
+
+class BadInputError(AsynctsqpError):
+    """The caller's fault: arguments, prompt or files."""
+
+    exit_code = 2
+
+
+class NotBuiltError(BadInputError):
+    """A documented option or value that this version does not have yet."""
+
+
+class CheckpointError(BadInputError):
+    """A model directory that is missing, damaged or not a LLaMA."""
+
+
+class PromptError(BadInputError):
+    """A prompt that is empty, too long, or too large for the KV memory."""
+
+
+class SharedMemoryError(BadInputError):
+    """A shared-memory region cannot be made or mapped."""
+
+
+class HandshakeRefused(BadInputError):
+    """The GPU side refuses this model, dtype or protocol version."""
+
+
+class GpuSideError(AsynctsqpError):
+    """Something went wrong on, or on the way to, the GPU side."""
+
+    exit_code = 3
+
+
+class GpuSideUnreachable(GpuSideError):
+    """Nobody answers at the endpoint."""
+
+    retryable = True
+
+
+class GpuSideLost(GpuSideError):
+    """The connection ended while calls depended on it."""
+
+    retryable = True
+
+
+class ProtocolError(GpuSideError):
+    """The GPU side sent something that no honest one sends; the connection is closed."""
+
+
+class CallRefused(GpuSideError):
+    """The GPU side answered one call with an error."""
+
+
+class IntegrityError(AsynctsqpError):
+    """The GPU side gave a wrong answer and was caught."""
+
+    exit_code = 4
+
+
+class EngineClosed(AsynctsqpError):
+    """The engine is not running."""

@@ -1,0 +1,86 @@
+"""The control messages between the two sides. Tensors never travel in here.
+
+    TEE side                                   GPU side
+    Hello      who I am, what I will ask  -->
+                                          <--  Welcome   or  Refused
+    Attach     here is a shared region    -->
+                                          <--  Attached  (echoes the nonce it read there)  or  Refused
+    Call       one linear, one block      -->
+                                          <--  Done      or  Refused
+                                          <--  Alive     now and then: sending it fails once a TEE side is gone
+
+There is no goodbye: the end of the connection says it, also for a side that was killed.
+`call_id` is chosen by the TEE side and comes back in the answer. A message is the first frame; a second
+frame, where there is one, is the raw bytes of one tensor (binary transport).
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_FRAMES = 2  # a message and at most one tensor
+NONCE_BYTES = 32
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Base of all messages: a msgpack array that opens with the tag."""
+
+
+class Hello(Message, tag=1):
+    call_id: int
+    version: int
+    fingerprint: bytes  # of the checkpoint, see checkpoint.fingerprint()
+    dtype: str  # of tensors on the wire and of the products
+    partition: str
+
+
+class Attach(Message, tag=2):
+    call_id: int
+    name: str
+    lanes: int
+    slot_bytes: int
+
+
+class Call(Message, tag=3):
+    call_id: int
+    op: int  # model_spec.Op
+    layer: int
+    rows: int
+    lane: int
+    slot: int
+
+
+class Welcome(Message, tag=11):
+    call_id: int
+    device: str
+
+
+class Attached(Message, tag=12):
+    call_id: int
+    nonce: bytes
+
+
+class Done(Message, tag=13):
+    call_id: int
+    compute_s: float  # time the product itself took on the GPU side; a claim, used for reports only
+
+
+class Refused(Message, tag=14):
+    call_id: int
+    reason: str
+    bad_input: bool  # the asker's configuration is at fault, rather than this one call
+
+
+class Alive(Message, tag=15):
+    pass
+
+
+ToGpu: TypeAlias = Hello | Attach | Call
+ToTee: TypeAlias = Welcome | Attached | Done | Refused | Alive
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_gpu = msgspec.msgpack.Decoder(ToGpu).decode
+decode_to_tee = msgspec.msgpack.Decoder(ToTee).decode

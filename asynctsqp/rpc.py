@@ -1,0 +1,171 @@
+"""The TEE side's end of one connection: many calls in flight, each a future, one task that reads.
+
+A connection lives once. When it is lost, late or hostile it fails every waiting call with the cause and never
+comes back: link.py on the TEE side decides whether to make another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError
+from asynctsqp.messages import MAX_FRAMES, Alive, ToGpu, ToTee, decode_to_tee, encode
+from asynctsqp.sockets import client_socket
+
+CONNECT_TIMEOUT_S = 5.0
+CALL_DEADLINE_S = 60.0
+
+_CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
+_ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+
+Reply = tuple[ToTee, memoryview | None]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One call that waits for its answer. It outlives the future's cancellation: the slot is still in use."""
+
+    future: asyncio.Future[Reply]
+    deadline: float
+    settled: Callable[[], None]
+
+
+class Connection:
+    """One DEALER connection to a GPU side. Make it with `open`, end it with `close`."""
+
+    def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
+        self.endpoint = endpoint
+        self.lost: GpuSideError | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket = client_socket(self._context, max_frame_bytes)
+        self._monitor = self._socket.get_monitor_socket(_CONNECTED | _ENDED)
+        self._pending: dict[int, _Pending] = {}
+        self._call_ids = itertools.count(1)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(cls, endpoint: str, max_frame_bytes: int) -> Connection:
+        """Raises GpuSideUnreachable if nobody there speaks ZeroMQ."""
+        connection = cls(endpoint, max_frame_bytes)
+        try:
+            connection._socket.connect(endpoint)
+            await asyncio.wait_for(connection._connected(), CONNECT_TIMEOUT_S)
+        except (zmq.ZMQError, TimeoutError, GpuSideUnreachable):
+            connection.close()
+            raise GpuSideUnreachable(
+                f"no GPU side answers at {endpoint}: start one with `python -m asynctsqp.gpu --bind {endpoint}`"
+            ) from None
+        except BaseException:
+            connection.close()
+            raise
+        connection._tasks = [
+            asyncio.create_task(loop()) for loop in (connection._read, connection._watch_peer, connection._watch_time)
+        ]
+        return connection
+
+    def next_call_id(self) -> int:
+        return next(self._call_ids)
+
+    def call(
+        self,
+        call_id: int,
+        message: ToGpu,
+        frames: Sequence[memoryview] = (),
+        deadline_s: float = CALL_DEADLINE_S,
+        settled: Callable[[], None] = lambda: None,
+    ) -> asyncio.Future[Reply]:
+        """Sends `message` (and at most one tensor) and returns the future of its answer, without waiting.
+
+        settled: called exactly once, when the other side can no longer touch what the call lent it: its answer
+        is here, or the connection is gone. A cancelled future does not settle its call.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reply] = loop.create_future()
+        if self.lost is not None:
+            future.set_exception(self._loss())
+            settled()
+            return future
+        self._pending[call_id] = _Pending(future, loop.time() + deadline_s, settled)
+        self._socket.send_multipart([encode(message), *frames], copy=False)
+        return future
+
+    async def request(self, call_id: int, message: ToGpu, deadline_s: float) -> ToTee:
+        """`call`, for the messages of the handshake: waits, and wants no tensor back."""
+        answer, _ = await self.call(call_id, message, deadline_s=deadline_s)
+        return answer
+
+    def close(self) -> None:
+        """Ends the connection; calls that still wait fail with GpuSideLost."""
+        self._fail(GpuSideLost("the connection was closed"))
+        for task in self._tasks:
+            task.cancel()
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._context.term()
+
+    async def _connected(self) -> None:
+        event = 0
+        while event != _CONNECTED:
+            event = await self._next_event()
+            if event & _ENDED:
+                raise GpuSideUnreachable(self.endpoint)
+
+    async def _next_event(self) -> int:
+        event: int = parse_monitor_message(await self._monitor.recv_multipart())["event"]
+        return event
+
+    async def _read(self) -> None:
+        while self.lost is None:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                self._accept(frames)
+            except (msgspec.DecodeError, ProtocolError) as error:
+                self._fail(ProtocolError(f"the GPU side at {self.endpoint} broke the protocol: {error}"))
+
+    def _accept(self, frames: list[zmq.Frame]) -> None:
+        answer = decode_to_tee(frames[0].buffer)
+        if isinstance(answer, Alive):
+            return
+        pending = self._pending.pop(answer.call_id, None)
+        if pending is None or len(frames) > MAX_FRAMES:
+            raise ProtocolError("an answer that nobody asked for")
+        pending.settled()
+        if not pending.future.done():
+            pending.future.set_result((answer, frames[1].buffer if len(frames) == MAX_FRAMES else None))
+
+    async def _watch_peer(self) -> None:
+        while not await self._next_event() & _ENDED:
+            pass
+        self._fail(GpuSideLost(f"the GPU side at {self.endpoint} is gone: start it again, or use --reconnect-s"))
+
+    async def _watch_time(self) -> None:
+        """One look a second instead of one timer a call."""
+        loop = asyncio.get_running_loop()
+        while self.lost is None:
+            await asyncio.sleep(1)
+            if any(pending.deadline < loop.time() for pending in self._pending.values()):
+                self._fail(GpuSideLost(f"the GPU side at {self.endpoint} did not answer in time"))
+
+    def _fail(self, cause: GpuSideError) -> None:
+        if self.lost is not None:
+            return
+        self.lost = cause
+        pending, self._pending = self._pending, {}
+        for call in pending.values():
+            call.settled()
+            if not call.future.done():
+                call.future.set_exception(self._loss())
+                call.future.exception()  # marks it as seen: a call whose caller has left is no news
+
+    def _loss(self) -> GpuSideError:
+        """A fresh copy for every waiter: a raised exception collects the traceback of who awaited it."""
+        return type(self.lost)(str(self.lost)) if self.lost else GpuSideLost("lost")

@@ -1,0 +1,126 @@
+"""The shared-memory region that carries tensors between the two sides of one connection.
+
+    byte 0          HEADER_BYTES                                                      lane 1
+    | nonce, zeros  | lane 0: request 0 | request 1 | reply 0 | reply 1 | request 0 | ...
+                      <- slot_bytes -->
+
+The TEE side makes the region, the GPU side maps it. Each lane (one micro-batch on its way through the layers)
+has two slots, each a request and a reply area, so that one slot can be filled or emptied while the other is
+computed on (double buffering):
+
+    FREE --TEE writes request, sends Call--> CALLED --GPU side writes reply, sends Done--> ANSWERED
+      ^                                                                                       |
+      '------------------------------- TEE copies the reply out ------------------------------'
+
+The state of a slot is never stored in the region, where the other side could change it: the TEE side knows
+it from its own program order (offload.py). The region holds payload only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+
+import posix_ipc
+import torch
+
+from asynctsqp.errors import SharedMemoryError
+from asynctsqp.messages import NONCE_BYTES
+from asynctsqp.tensor_codec import view_of
+
+HEADER_BYTES = 4096
+SLOTS = 2
+ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
+MAX_LANES = 64
+
+
+class Region:
+    """One mapped region. `close()` when nothing reads or writes it any more."""
+
+    def __init__(self, name: str, memory: mmap.mmap, lanes: int, slot_bytes: int) -> None:
+        self.name = name
+        self.memory = memory
+        self.lanes = lanes
+        self.slot_bytes = slot_bytes
+
+    @classmethod
+    def create(cls, name: str | None, lanes: int, slot_bytes: int) -> Region:
+        """Makes, reserves and maps a region; the caller unlinks the name as soon as the peer has mapped it.
+
+        name: an explicit name (a Gramine manifest must know it), or None for a random one.
+        Raises SharedMemoryError where the name is taken or /dev/shm has no room.
+        """
+        name = name or f"/asynctsqp-{secrets.token_hex(8)}"
+        size = _region_bytes(lanes, slot_bytes)
+        try:
+            shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+        except posix_ipc.ExistentialError:
+            raise SharedMemoryError(f"shared memory {name} exists already: choose another --shm-name") from None
+        except (OSError, ValueError, posix_ipc.Error) as error:
+            raise SharedMemoryError(f"cannot make shared memory {name}: {error}") from None
+        try:
+            # without the reservation a full /dev/shm would be a SIGBUS at some later write
+            os.posix_fallocate(shared.fd, 0, size)
+            memory = mmap.mmap(shared.fd, size)
+        except (OSError, OverflowError, ValueError) as error:
+            posix_ipc.unlink_shared_memory(name)
+            raise SharedMemoryError(
+                f"/dev/shm has no room for {size >> 20} MiB ({error}): free some, or use a smaller "
+                "--slot-bytes or --lanes, or --transport binary"
+            ) from None
+        finally:
+            shared.close_fd()
+        memory[:NONCE_BYTES] = secrets.token_bytes(NONCE_BYTES)
+        return cls(name, memory, lanes, slot_bytes)
+
+    @classmethod
+    def attach(cls, name: str, lanes: int, slot_bytes: int) -> Region:
+        """Maps a region that the other side made. Raises SharedMemoryError if it is not there or too small."""
+        if not (1 <= lanes <= MAX_LANES and slot_bytes > 0 and slot_bytes % ALIGNMENT == 0):
+            raise SharedMemoryError("the region's lanes or slot size make no sense")
+        size = _region_bytes(lanes, slot_bytes)
+        try:
+            shared = posix_ipc.SharedMemory(name)
+        except (OSError, ValueError, posix_ipc.Error) as error:
+            raise SharedMemoryError(f"no shared memory of that name here ({type(error).__name__})") from None
+        try:
+            if shared.size < size:
+                raise SharedMemoryError("the region is smaller than its description")
+            return cls(name, mmap.mmap(shared.fd, size), lanes, slot_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise SharedMemoryError(f"cannot map the region: {error}") from None
+        finally:
+            shared.close_fd()
+
+    @property
+    def nonce(self) -> bytes:
+        """What only a process that has mapped this very region can know."""
+        return self.memory[:NONCE_BYTES]
+
+    def unlink(self) -> None:
+        """Takes the name away; the mappings stay. From here on a `kill -9` of both sides leaks nothing."""
+        posix_ipc.unlink_shared_memory(self.name)
+
+    def request(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """The [rows, columns] tensor at the start of a slot's request area: a view."""
+        return view_of(self.memory, dtype, rows, columns, self._offset(lane, slot))
+
+    def reply(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """The [rows, columns] tensor at the start of a slot's reply area: a view."""
+        return view_of(self.memory, dtype, rows, columns, self._offset(lane, SLOTS + slot))
+
+    def whole(self) -> torch.Tensor:
+        """All of it as bytes, for registering with a device: a view."""
+        return view_of(self.memory, torch.uint8, 1, len(self.memory))
+
+    def _offset(self, lane: int, area: int) -> int:
+        return HEADER_BYTES + (lane * 2 * SLOTS + area) * self.slot_bytes
+
+    def close(self) -> None:
+        """Unmaps. Raises BufferError while a view is alive."""
+        self.memory.close()
+
+
+def _region_bytes(lanes: int, slot_bytes: int) -> int:
+    return HEADER_BYTES + lanes * 2 * SLOTS * slot_bytes

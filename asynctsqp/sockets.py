@@ -1,0 +1,36 @@
+"""One place for the ZeroMQ options of both sides."""
+
+from __future__ import annotations
+
+import zmq
+import zmq.asyncio
+
+MAX_FRAME_BYTES = 256 << 20  # a peer that sends more is disconnected by libzmq before it is buffered
+HEARTBEAT_MS = 1_000
+HEARTBEAT_TIMEOUT_MS = 5_000
+
+
+def _socket(context: zmq.asyncio.Context, kind: int, max_frame_bytes: int) -> zmq.asyncio.Socket:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)  # closing never waits for a peer
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a connection that does not exist
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    # answered by libzmq's own I/O thread: a side that is busy computing is still alive
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    return socket
+
+
+def client_socket(context: zmq.asyncio.Context, max_frame_bytes: int) -> zmq.asyncio.Socket:
+    """A DEALER that makes one connection and never another: a new connection is a new handshake."""
+    socket = _socket(context, zmq.DEALER, max_frame_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    return socket
+
+
+def server_socket(context: zmq.asyncio.Context) -> zmq.asyncio.Socket:
+    """A ROUTER on which sending to a client that is gone is an error, and no client can take another's name."""
+    socket = _socket(context, zmq.ROUTER, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    return socket

@@ -1,0 +1,164 @@
+"""The GPU side's event loop: one ROUTER socket, any number of TEE sides, none of which can harm another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from asynctsqp.checkpoint import Checkpoint, short
+from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused
+from asynctsqp.messages import (
+    MAX_FRAMES,
+    PROTOCOL_VERSION,
+    Alive,
+    Attach,
+    Call,
+    Hello,
+    Refused,
+    ToGpu,
+    ToTee,
+    Welcome,
+    decode_to_gpu,
+    encode,
+)
+from asynctsqp.tensor_codec import WIRE_DTYPES
+from gpu_side.client import MAX_CALLS, Client
+from gpu_side.executor import Executor
+from gpu_side.weights import Weights
+
+PROBE_S = 1.0  # how often each client is tried; one that is gone is forgotten at the next try
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Serves one checkpoint on one device.
+
+    dtype: the only one that clients may ask for, or None for any; the weights of a dtype are made at its first use.
+    """
+
+    def __init__(
+        self, socket: zmq.asyncio.Socket, checkpoint: Checkpoint, executor: Executor, dtype: str | None
+    ) -> None:
+        self._socket = socket
+        self._checkpoint = checkpoint
+        self._fingerprint = checkpoint.fingerprint()
+        self._executor = executor
+        self._dtype = dtype
+        self._weights: dict[str, asyncio.Task[Weights]] = {}
+        self._clients: dict[bytes, Client] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serves until it is cancelled."""
+        self._start(self._probe())
+        try:
+            while True:
+                frames = await self._socket.recv_multipart(copy=False)
+                self._dispatch(frames[0].bytes, [frame.buffer for frame in frames[1:]])
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for client in self._clients.values():
+                await client.close()
+
+    async def weights(self, dtype: str) -> Weights:
+        """The weights in a dtype; made once, however many clients ask at the same time."""
+        if dtype not in self._weights:
+            make = asyncio.to_thread(Weights, self._checkpoint, dtype, self._executor.device)
+            self._weights[dtype] = asyncio.create_task(make)
+        return await asyncio.shield(self._weights[dtype])
+
+    def _dispatch(self, identity: bytes, frames: list[memoryview]) -> None:
+        try:
+            if not 1 <= len(frames) <= MAX_FRAMES:
+                raise CallRefused(f"a request is a message and at most one tensor, not {len(frames)} frames")
+            message = decode_to_gpu(frames[0])
+        except (msgspec.DecodeError, CallRefused) as error:
+            self._start(self._send(identity, Refused(0, f"not a request of this protocol: {error}", bad_input=True)))
+            return
+        client = self._clients.get(identity)
+        if client is not None and len(client.calls) >= MAX_CALLS:
+            self._start(self._send(identity, Refused(message.call_id, "too many calls at once", bad_input=False)))
+            return
+        task = self._start(self._answer(identity, client, message, frames[1] if len(frames) == MAX_FRAMES else None))
+        if client is not None:
+            client.calls.add(task)
+            task.add_done_callback(client.calls.discard)
+
+    async def _answer(
+        self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None
+    ) -> None:
+        answer: ToTee
+        tensor: memoryview | None = None
+        try:
+            match message, client:
+                case Hello(), _:
+                    answer = await self._greet(identity, message)
+                case _, None:
+                    raise CallRefused("this connection has not been greeted: send Hello first")
+                case Attach(), Client():
+                    answer = client.attach(message)
+                case Call(), Client():
+                    answer, tensor = await client.serve(message, payload)
+        except AsynctsqpError as error:
+            answer = Refused(message.call_id, str(error), bad_input=error.exit_code == 2)
+        except (RuntimeError, OSError) as error:  # out of memory, a failed kernel, a file that went away
+            log.warning("a call failed: %s", error)
+            answer = Refused(message.call_id, f"the GPU side failed: {str(error).splitlines()[0]}", bad_input=False)
+        await self._send(identity, answer, tensor)
+
+    async def _greet(self, identity: bytes, hello: Hello) -> Welcome:
+        if hello.version != PROTOCOL_VERSION:
+            raise HandshakeRefused(f"the GPU side speaks protocol {PROTOCOL_VERSION}, the TEE side {hello.version}")
+        if hello.fingerprint != self._fingerprint:
+            raise HandshakeRefused(
+                f"the GPU side serves another model ({short(self._fingerprint)}) "
+                f"than the TEE side runs ({short(hello.fingerprint)})"
+            )
+        if hello.dtype not in WIRE_DTYPES or self._dtype not in (None, hello.dtype):
+            raise HandshakeRefused(f"the GPU side serves dtype {self._dtype or 'names only'}, not {hello.dtype}")
+        if hello.partition != "shielded":
+            raise HandshakeRefused(f"the GPU side does not serve partition {hello.partition}")
+        if identity in self._clients:
+            raise HandshakeRefused("this connection has been greeted already")
+        weights = await self.weights(hello.dtype)
+        self._clients[identity] = Client(hello, self._checkpoint.spec, weights, self._executor)
+        return Welcome(hello.call_id, str(self._executor.device))
+
+    async def _send(self, identity: bytes, message: ToTee, tensor: memoryview | None = None) -> None:
+        """Never waits for a client: one that is gone, or does not read what it asked for, is forgotten."""
+        frames = [identity, encode(message)] if tensor is None else [identity, encode(message), tensor]
+        try:
+            await self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError:
+            self._forget(identity)
+
+    async def _probe(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_S)
+            for identity in list(self._clients):
+                await self._send(identity, Alive())
+
+    def _forget(self, identity: bytes) -> None:
+        client = self._clients.pop(identity, None)
+        if client is not None:
+            log.info("a client is gone; %d left", len(self._clients))
+            self._start(self._close(client))
+
+    async def _close(self, client: Client) -> None:
+        client.calls.discard(asyncio.current_task())  # type: ignore[arg-type]
+        await client.close()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

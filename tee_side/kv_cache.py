@@ -1,0 +1,155 @@
+"""Keys and values of running sequences, in blocks within one limit.
+
+A sequence reserves the memory of its longest possible form before it starts (so two half-grown sequences can
+never wait for each other), but blocks are allocated only as it grows. A block is never moved or copied:
+attention runs over each block in place and merges the parts (operators.merge). Blocks double in size up to
+MAX_BLOCK_TOKENS, so that a long sequence has few of them; a prompt always lies in one.
+
+    block 0: prompt, rounded up      block 1       block 2
+    [k k k k k k k k k k . ]         [k k k k ]    [k k . . . . . . ]      . = room for the next tokens
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import torch
+
+from asynctsqp import operators
+from asynctsqp.errors import PromptError
+from asynctsqp.model_spec import ModelSpec
+
+BLOCK_TOKENS = 64
+MAX_BLOCK_TOKENS = 1024
+
+
+class KVMemory:
+    """The limit that all sequences share; who finds no room waits, first come first served."""
+
+    def __init__(self, spec: ModelSpec, limit_bytes: int) -> None:
+        self._spec = spec
+        self._token_bytes = spec.layers * 2 * spec.kv_heads * spec.head_dim * torch.float32.itemsize
+        self._limit_bytes = limit_bytes
+        self._reserved_bytes = 0
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._reserved_bytes
+
+    @contextlib.asynccontextmanager
+    async def sequence(self, prompt_tokens: int, new_tokens: int) -> AsyncIterator[KVCache]:
+        """Room for a prompt and at most `new_tokens` more. Raises PromptError if it could never fit."""
+        tokens = prompt_tokens + new_tokens
+        size = _round_up(tokens) * self._token_bytes
+        if size > self._limit_bytes:
+            raise PromptError(
+                f"{tokens} tokens need {size >> 20} MiB of keys and values, --kv-memory is "
+                f"{self._limit_bytes >> 20} MiB: raise it, or lower --max-new-tokens"
+            )
+        await self._reserve(size)
+        try:
+            yield KVCache(self._spec, prompt_tokens, tokens)
+        finally:
+            self._reserved_bytes -= size
+            self._admit()
+
+    async def _reserve(self, size: int) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append((size, turn))
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():  # never admitted
+                self._queue.remove((size, turn))
+            else:
+                self._reserved_bytes -= size
+            self._admit()
+            raise
+
+    def _admit(self) -> None:
+        while self._queue and self._reserved_bytes + self._queue[0][0] <= self._limit_bytes:
+            size, turn = self._queue.popleft()
+            self._reserved_bytes += size
+            turn.set_result(None)
+
+
+class _Block:
+    """keys, values: [layers, kv_heads, tokens, head_dim] float32, of which the first `used` tokens are taken."""
+
+    def __init__(self, spec: ModelSpec, tokens: int) -> None:
+        shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
+        self.keys = torch.empty(shape)
+        self.values = torch.empty(shape)
+        self.tokens = tokens
+        self.used = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where some consecutive tokens of one sequence lie: all in one block."""
+
+    block: int
+    start: int  # in the block
+    length: int
+    position: int  # of the first one, in the sequence
+
+
+class KVCache:
+    """One sequence's keys and values: at most `tokens` tokens, of which the prompt's come first."""
+
+    def __init__(self, spec: ModelSpec, prompt_tokens: int, tokens: int) -> None:
+        self._spec = spec
+        self._first = prompt_tokens
+        self._room = _round_up(tokens)
+        self._blocks: list[_Block] = []
+        self.length = 0
+
+    def extend(self, length: int) -> Span:
+        """Takes the next `length` positions, for all layers."""
+        if not self._blocks or self._blocks[-1].tokens - self._blocks[-1].used < length:
+            self._blocks.append(self._new_block(length))
+        block = self._blocks[-1]
+        span = Span(len(self._blocks) - 1, block.used, length, self.length)
+        block.used += length
+        self.length += length
+        return span
+
+    def _new_block(self, length: int) -> _Block:
+        allocated = sum(block.tokens for block in self._blocks)
+        wanted = _round_up(max(length, min(allocated, MAX_BLOCK_TOKENS) or self._first))
+        return _Block(self._spec, max(length, min(wanted, self._room - allocated)))
+
+    def attend(self, layer: int, span: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Stores the span's keys and values, and attends to them and to all before them.
+
+        q: [n, heads, head_dim]; k, v: [n, kv_heads, head_dim] -> context [n, heads * head_dim] float32.
+        """
+        block, end = self._blocks[span.block], span.start + span.length
+        block.keys[layer, :, span.start : end] = k.transpose(0, 1)
+        block.values[layer, :, span.start : end] = v.transpose(0, 1)
+        grouped = q.view(span.length, self._spec.kv_heads, -1, self._spec.head_dim).permute(1, 2, 0, 3)
+        parts = [
+            operators.attend(grouped, past.keys[layer, :, : past.used], past.values[layer, :, : past.used], False)
+            for past in self._blocks[: span.block]
+        ]
+        if span.length == 1:  # a single query sees its whole block: one part instead of two
+            parts.append(operators.attend(grouped, block.keys[layer, :, :end], block.values[layer, :, :end], False))
+        else:
+            if span.start:
+                before = slice(0, span.start)
+                parts.append(
+                    operators.attend(grouped, block.keys[layer, :, before], block.values[layer, :, before], False)
+                )
+            own = slice(span.start, end)
+            parts.append(operators.attend(grouped, block.keys[layer, :, own], block.values[layer, :, own], True))
+        return operators.merge(parts).permute(2, 0, 1, 3).reshape(span.length, -1)
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS

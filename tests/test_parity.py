@@ -1,0 +1,75 @@
+"""Same tokens and scores as transformers, the oracle that this project did not write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import asynctsqp
+from tests.models import TINY
+
+LONG = " ".join(f"The {n}th day was {'bright' if n % 3 else 'grey'} and we walked {n * 7 % 13} miles." for n in range(60))
+
+DEMO_PROMPTS: list[str | list[dict[str, str]]] = [
+    "Once upon a time",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "1, 2, 3, 5, 8,",
+    "Œuvre d'art: 東京の夜 🌃",
+    LONG,
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Write a haiku about rain."}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is water wet?"}],
+    [{"role": "user", "content": LONG + " Summarise this."}],
+]
+
+
+def reference(model_directory: Path, prompt: list[int], new_tokens: int) -> list[int]:
+    """transformers' own greedy answer."""
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return answer[0, len(prompt) :].tolist()
+
+
+def encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt))
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+
+
+def test_demo_model_answers_like_transformers(demo_model: Path) -> None:
+    async def answers() -> list[list[int]]:
+        async with asynctsqp.Engine.launch(demo_model) as engine:
+            return [
+                (await engine.complete(prompt, max_new_tokens=64, temperature=0)).token_ids for prompt in DEMO_PROMPTS
+            ]
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    prompts = [encode(tokenizer, prompt) for prompt in DEMO_PROMPTS]
+    assert max(map(len, prompts)) > 700
+    assert asyncio.run(answers()) == [reference(demo_model, prompt, 64) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_models_answer_like_transformers(name: str, tiny_model: Callable[[str], Path]) -> None:
+    directory = tiny_model(name)
+    prompt = [1, *range(100, 300, 2)]
+
+    async def answer() -> tuple[list[int], torch.Tensor]:
+        async with asynctsqp.Engine.launch(directory) as engine:
+            done = await engine.complete(prompt, max_new_tokens=64, temperature=0, ignore_eos=True)
+            return done.token_ids, await engine.logits(prompt + done.token_ids)
+
+    tokens, scores = asyncio.run(answer())
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt + tokens])).logits[0]
+    assert (scores - expected).abs().max() < 2e-4
+    assert tokens == reference(directory, prompt, 64)
