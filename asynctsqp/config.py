@@ -47,7 +47,9 @@ class EngineOptions:
     """How an engine runs. Raises BadInputError for a value that makes no sense, NotBuiltError for a later one."""
 
     dtype: str = option(
-        "float32", "of the products and of tensors between the sides", choices=("float32", "bfloat16", "float16")
+        "float32",
+        "of the products and of tensors between the sides",
+        choices=("float32", "bfloat16", "float16"),
     )
     partition: str = option(
         "shielded",
@@ -61,9 +63,7 @@ class EngineOptions:
         choices=("auto", "shm", "binary", "msgpack"),
         built=("auto", "shm", "binary"),
     )
-    compress: str = option(
-        "none", "tensors off shared memory", choices=("none", "lz4", "zstd"), built=("none",)
-    )
+    compress: str = option("none", "tensors off shared memory", choices=("none", "lz4", "zstd"), built=("none",))
     protect: str = option(
         "none",
         "masks and checks on what the GPU side sees and answers",
@@ -76,7 +76,10 @@ class EngineOptions:
     mask_peer_key: str | None = _later(None, "its public key", metavar="KEY")
     lanes: int | None = option(None, "micro-batches in flight (default: chosen)", type=int, metavar="N")
     chunk_tokens: int | None = option(
-        None, "tokens of a prompt that go through the layers together (default: chosen)", type=int, metavar="N"
+        None,
+        "tokens of a prompt that go through the layers together (default: chosen)",
+        type=int,
+        metavar="N",
     )
     slot_bytes: int | None = _size("of each of a lane's four slots (default: 16M, or what the model needs)")
     kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
@@ -111,7 +114,10 @@ class SamplingOptions:
 
     max_new_tokens: int = option(256, "at most, and at most what the context holds", type=int, metavar="N")
     temperature: float | None = option(
-        None, "0 is greedy (default: the checkpoint's generation config, else greedy)", type=float, metavar="T"
+        None,
+        "0 is greedy (default: the checkpoint's generation config, else greedy)",
+        type=float,
+        metavar="T",
     )
     top_p: float | None = option(None, "smallest set of tokens with this probability", type=float, metavar="P")
     top_k: int | None = option(None, "only the K likeliest tokens; 0 is all", type=int, metavar="K")

@@ -1,8 +1,8 @@
 """The async Python API. An engine is the TEE side in a thread of this process.
 
-    async with asynctsqp.Engine.launch(model) as engine:
-        async for piece in engine.generate("Once upon a time", max_new_tokens=64):
-            print(piece.text, end="")
+async with asynctsqp.Engine.launch(model) as engine:
+    async for piece in engine.generate("Once upon a time", max_new_tokens=64):
+        print(piece.text, end="")
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,23 +21,11 @@ from asynctsqp.config import EngineOptions, SamplingOptions, make
 from asynctsqp.errors import BadInputError, EngineClosed
 from asynctsqp.loop_thread import LoopThread
 from tee_side.local_gpu import LocalGpuSide
-from tee_side.pipeline import Piece, Pipeline, Progress, RpcTotals, Timing
+from tee_side.pipeline import Pipeline
+from tee_side.request import Completion, Piece, Progress
 from tee_side.tokenizer import Prompt
 
 __all__ = ["Completion", "Engine", "Piece"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer. `text` excludes the prompt; times in seconds; bytes are of tensors, both ways apart."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str  # "stop" or "length"
-    timing: Timing
-    rpc: RpcTotals
 
 
 class Engine:
@@ -85,7 +72,7 @@ class Engine:
 
     async def generate(
         self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yields a Piece for each token. prompt: text, token ids, or chat messages; sampling: SamplingOptions.
 
         progress: where counts and times are written, up to date at each piece. Ending the iteration early, or
@@ -116,7 +103,7 @@ class Engine:
         progress = Progress()
         async with contextlib.aclosing(self.generate(prompt, progress=progress, **sampling)) as stream:
             pieces = [piece async for piece in stream]
-        return completion(pieces, progress)
+        return Completion.of(pieces, progress)
 
     async def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The scores after each of the tokens: [tokens, vocab] float32."""
@@ -149,19 +136,6 @@ class Engine:
             return
         await thread.run(_shut_down(pipeline, self._local))
         await asyncio.to_thread(thread.stop)
-
-
-def completion(pieces: Sequence[Piece], progress: Progress) -> Completion:
-    """What the pieces of a finished stream add up to."""
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        token_ids=[piece.token_id for piece in pieces],
-        prompt_tokens=progress.prompt_tokens,
-        completion_tokens=progress.completion_tokens,
-        finish_reason=pieces[-1].finish_reason or "stop",
-        timing=progress.timing,
-        rpc=progress.rpc,
-    )
 
 
 def check_endpoint(endpoint: str) -> str:

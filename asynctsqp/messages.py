@@ -29,7 +29,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unk
     """Base of all messages: a msgpack array that opens with the tag."""
 
 
-class Hello(Message, tag=1):
+class Hello(Message, tag=1, frozen=True):
     call_id: int
     version: int
     fingerprint: bytes  # of the checkpoint, see checkpoint.fingerprint()
@@ -37,14 +37,14 @@ class Hello(Message, tag=1):
     partition: str
 
 
-class Attach(Message, tag=2):
+class Attach(Message, tag=2, frozen=True):
     call_id: int
     name: str
     lanes: int
     slot_bytes: int
 
 
-class Call(Message, tag=3):
+class Call(Message, tag=3, frozen=True):
     call_id: int
     op: int  # model_spec.Op
     layer: int
@@ -53,28 +53,28 @@ class Call(Message, tag=3):
     slot: int
 
 
-class Welcome(Message, tag=11):
+class Welcome(Message, tag=11, frozen=True):
     call_id: int
     device: str
 
 
-class Attached(Message, tag=12):
+class Attached(Message, tag=12, frozen=True):
     call_id: int
     nonce: bytes
 
 
-class Done(Message, tag=13):
+class Done(Message, tag=13, frozen=True):
     call_id: int
     compute_s: float  # time the product itself took on the GPU side; a claim, used for reports only
 
 
-class Refused(Message, tag=14):
+class Refused(Message, tag=14, frozen=True):
     call_id: int
     reason: str
     bad_input: bool  # the asker's configuration is at fault, rather than this one call
 
 
-class Alive(Message, tag=15):
+class Alive(Message, tag=15, frozen=True):
     pass
 
 

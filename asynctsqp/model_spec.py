@@ -116,7 +116,14 @@ class ModelSpec:
             attention_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,
         )
-        sizes = (spec.hidden_size, spec.intermediate_size, spec.layers, spec.heads, spec.kv_heads, spec.head_dim)
+        sizes = (
+            spec.hidden_size,
+            spec.intermediate_size,
+            spec.layers,
+            spec.heads,
+            spec.kv_heads,
+            spec.head_dim,
+        )
         if min(*sizes, spec.vocab_size, spec.max_positions) < 1 or spec.heads % spec.kv_heads:
             raise CheckpointError(f"{config_file} holds impossible sizes")
         return spec
@@ -125,7 +132,11 @@ class ModelSpec:
     def linears(self) -> dict[Op, LinearSpec]:
         attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
         q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        qkv = ((attention + "q_proj", q_rows), (attention + "k_proj", kv_rows), (attention + "v_proj", kv_rows))
+        qkv = (
+            (attention + "q_proj", q_rows),
+            (attention + "k_proj", kv_rows),
+            (attention + "v_proj", kv_rows),
+        )
         gate_up = ((mlp + "gate_proj", self.intermediate_size), (mlp + "up_proj", self.intermediate_size))
         lm_head = "model.embed_tokens" if self.tied_embedding else "lm_head"
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tee_side.pipeline import Progress
+from tee_side.request import Progress
 
 MIB = 1 << 20
 

@@ -20,9 +20,10 @@ import msgspec
 
 from asynctsqp.chat import chat
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
-from asynctsqp.engine import Engine, Piece, Progress, completion
+from asynctsqp.engine import Engine
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
 from asynctsqp.summary import summary
+from tee_side.request import Completion, Piece, Progress
 
 INTERRUPTED = 130
 
@@ -30,7 +31,10 @@ INTERRUPTED = 130
 def main() -> int:
     try:
         arguments = _parser().parse_args()
-        options, sampling = from_arguments(EngineOptions, arguments), from_arguments(SamplingOptions, arguments)
+        options, sampling = (
+            from_arguments(EngineOptions, arguments),
+            from_arguments(SamplingOptions, arguments),
+        )
         if arguments.serve is not None:
             raise NotBuiltError("--serve is not built yet")
         asyncio.run(_run(arguments, dataclasses.asdict(options), dataclasses.asdict(sampling)))
@@ -100,9 +104,7 @@ def _text(arguments: argparse.Namespace) -> str:
         raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
 
 
-async def _answer(
-    engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool
-) -> None:
+async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:
     progress = Progress()
     pieces: list[Piece] = []
     async with contextlib.aclosing(engine.generate(prompt, progress=progress, **sampling)) as stream:
@@ -118,7 +120,7 @@ async def _answer(
 
 
 def _json(engine: Engine, pieces: Sequence[Piece], progress: Progress, sampling: dict[str, Any]) -> str:
-    result = dataclasses.asdict(completion(pieces, progress))
+    result = dataclasses.asdict(Completion.of(pieces, progress))
     result["config"] = dataclasses.asdict(engine.options) | sampling
     return msgspec.json.encode(result).decode()
 

@@ -77,7 +77,7 @@ class CudaExecutor:
                 await asyncio.sleep(0)
         else:
             await asyncio.to_thread(copied.synchronize)
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     def _stream(self, lane: object) -> torch.cuda.Stream:
         if lane not in self._streams:

@@ -93,9 +93,7 @@ class Server:
             client.calls.add(task)
             task.add_done_callback(client.calls.discard)
 
-    async def _answer(
-        self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None
-    ) -> None:
+    async def _answer(self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None) -> None:
         answer: ToTee
         tensor: memoryview | None = None
         try:
@@ -154,7 +152,7 @@ class Server:
             self._start(self._close(client))
 
     async def _close(self, client: Client) -> None:
-        client.calls.discard(asyncio.current_task())  # type: ignore[arg-type]
+        client.calls.discard(asyncio.current_task())
         await client.close()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -101,7 +101,7 @@ class Link:
     async def _greet(self, connection: Connection) -> str:
         answer = await connection.request(0, self._hello, HELLO_DEADLINE_S)
         if isinstance(answer, Refused):
-            raise HandshakeRefused(answer.reason[:300]) if answer.bad_input else GpuSideLost(answer.reason[:300])
+            raise (HandshakeRefused(answer.reason[:300]) if answer.bad_input else GpuSideLost(answer.reason[:300]))
         if not isinstance(answer, Welcome):
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
         return answer.device[:50]

@@ -56,7 +56,13 @@ class LocalGpuSide:
         pipe = subprocess.PIPE
         # a process group of its own: Ctrl-C in a terminal is for us, and we close it in order
         process = subprocess.Popen(
-            self._command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0, env=_environment()
+            self._command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            process_group=0,
+            env=_environment(),
         )
         self._process = process
         listener = threading.Thread(target=self._listen, args=(process,), daemon=True)
@@ -84,4 +90,7 @@ def _environment() -> dict[str, str]:
     """Ours, with the packages found where this process found them."""
     here = str(Path(__file__).parent.parent)
     path = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": here + (os.pathsep + path if path else ""), "OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | {
+        "PYTHONPATH": here + (os.pathsep + path if path else ""),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }

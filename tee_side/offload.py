@@ -21,16 +21,7 @@ from asynctsqp.rpc import Reply
 from asynctsqp.shm import SLOTS
 from tee_side.lanes import Lane
 from tee_side.link import Link, Session
-
-
-@dataclass
-class RpcTotals:
-    """What one request cost in communication. Bytes are of tensors."""
-
-    calls: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    wait_s: float = 0.0
+from tee_side.request import RpcTotals
 
 
 @dataclass(frozen=True, slots=True)

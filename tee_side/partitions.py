@@ -27,9 +27,7 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 Partition = Callable[[Gpu, Norms, int, float, torch.Tensor, Attend], Awaitable[torch.Tensor]]
 
 
-async def shielded(
-    gpu: Gpu, norms: Norms, layer: int, epsilon: float, x: torch.Tensor, attend: Attend
-) -> torch.Tensor:
+async def shielded(gpu: Gpu, norms: Norms, layer: int, epsilon: float, x: torch.Tensor, attend: Attend) -> torch.Tensor:
     """Four linears on the GPU; attention, the KV cache and everything non-linear never leave."""
     qkv = await gpu.linear(Op.QKV, layer, rms_norm(x, norms.attention, epsilon))
     context = attend(layer, qkv)

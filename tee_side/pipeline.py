@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
 
 import torch
 from transformers import LlamaConfig
@@ -20,9 +18,11 @@ from asynctsqp.tensor_codec import WIRE_DTYPES
 from tee_side.kv_cache import KVMemory
 from tee_side.lanes import Lanes
 from tee_side.link import Endpoint, Link
-from tee_side.model import Model, Sequence as RunningSequence
-from tee_side.offload import Offload, RpcTotals
+from tee_side.model import Model
+from tee_side.model import Sequence as RunningSequence
+from tee_side.offload import Offload
 from tee_side.partitions import shielded
+from tee_side.request import Piece, Progress, RpcTotals
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.tokenizer import Prompt, TextStream, Tokenizer
 from tee_side.weights import Weights
@@ -30,35 +30,6 @@ from tee_side.weights import Weights
 DEFAULT_LANES = 2
 DEFAULT_CHUNK_TOKENS = 1024
 DEFAULT_SLOT_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One sampled token and the text that it made certain (empty while a character is incomplete)."""
-
-    text: str
-    token_id: int
-    finish_reason: str | None = None  # "stop" or "length", on the last piece
-
-
-@dataclass
-class Timing:
-    """Seconds of one request."""
-
-    load_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    ms_per_token: float = 0.0
-
-
-@dataclass
-class Progress:
-    """What is known about a request while it runs, and after."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    timing: Timing = field(default_factory=Timing)
-    rpc: RpcTotals = field(default_factory=RpcTotals)
 
 
 class Pipeline:
@@ -101,14 +72,12 @@ class Pipeline:
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingOptions, progress: Progress
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Raises PromptError before the first piece for a prompt that cannot be run."""
         tokens = self._tokenizer.encode(prompt)
         room = self.spec.max_positions - len(tokens)
         if room < 1:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens, the model's context is {self.spec.max_positions} with the answer"
-            )
+            raise PromptError(f"the prompt has {len(tokens)} tokens, the model's context is {self.spec.max_positions}")
         most = min(sampling.max_new_tokens, room)
         progress.prompt_tokens = len(tokens)
         progress.timing.load_s = self.load_s
@@ -133,12 +102,11 @@ class Pipeline:
         if len(ids) > self.spec.max_positions:
             raise PromptError(f"{len(ids)} tokens, the model's context is {self.spec.max_positions}")
         async with self._memory.sequence(len(ids), 0) as cache:
-            x = await self._forward(ids, RunningSequence(cache, self._config), RpcTotals(), last_only=False)
-            return x
+            return await self._forward(ids, RunningSequence(cache, self._config), RpcTotals(), last_only=False)
 
     async def _tokens(
         self, prompt: list[int], most: int, sequence: RunningSequence, sampler: Sampler, progress: Progress
-    ) -> AsyncIterator[int]:
+    ) -> AsyncGenerator[int, None]:
         timing, seen, new = progress.timing, list(prompt), prompt
         for index in range(most):
             start = time.perf_counter()

@@ -72,7 +72,7 @@ class Sampler:
         """scores: [vocab] float32 after `tokens` (prompt included) -> the next token."""
         row = scores.unsqueeze(0)
         if self._processors:
-            row = self._processors(torch.tensor([tokens]), row.clone())
+            row = self._processors(torch.tensor([tokens]), row.clone())  # type: ignore[arg-type]
         if self._greedy:
             return int(row.argmax())
         return int(torch.multinomial(torch.softmax(row, dim=-1), 1, generator=self._generator))

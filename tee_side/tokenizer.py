@@ -42,9 +42,7 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
-        text = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text if isinstance(text, str) else "".join(text)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -52,9 +50,10 @@ class Tokenizer:
             if not prompt:
                 raise PromptError("the prompt is empty")
             return list(self._tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], Mapping):
-            return self._encode_chat([dict(message) for message in prompt])  # type: ignore[call-overload]
-        return list(prompt)  # type: ignore[arg-type]
+        messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return self._encode_chat(messages)
+        return [token for token in prompt if isinstance(token, int)] if not messages else []
 
     def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._tokenizer.chat_template:

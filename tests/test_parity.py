@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import asynctsqp
 from tests.models import TINY
 
-LONG = " ".join(f"The {n}th day was {'bright' if n % 3 else 'grey'} and we walked {n * 7 % 13} miles." for n in range(60))
+LONG = " ".join(
+    f"The {n}th day was {'bright' if n % 3 else 'grey'} and we walked {n * 7 % 13} miles." for n in range(60)
+)
 
 DEMO_PROMPTS: list[str | list[dict[str, str]]] = [
     "Once upon a time",
