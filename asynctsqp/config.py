@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from asynctsqp.errors import BadInputError, NotBuiltError
-from asynctsqp.shm import ALIGNMENT, MAX_LANES
-from asynctsqp.sockets import MAX_FRAME_BYTES
+from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 Options = TypeVar("Options")
@@ -49,7 +48,7 @@ class EngineOptions:
     dtype: str = option(
         "float32",
         "of the products and of tensors between the sides",
-        choices=("float32", "bfloat16", "float16"),
+        choices=WIRE_DTYPE_NAMES,
     )
     partition: str = option(
         "shielded",
@@ -100,8 +99,8 @@ class EngineOptions:
         _check_at_least(self, 0, "reconnect_s")
         if self.lanes and self.lanes > MAX_LANES:
             raise BadInputError(f"--lanes is at most {MAX_LANES}")
-        if self.slot_bytes and self.slot_bytes % ALIGNMENT:
-            raise BadInputError(f"--slot-bytes must be a multiple of {ALIGNMENT}")
+        if self.slot_bytes and self.slot_bytes % SLOT_ALIGNMENT:
+            raise BadInputError(f"--slot-bytes must be a multiple of {SLOT_ALIGNMENT}")
         if self.slot_bytes and self.transport == "binary" and self.slot_bytes > MAX_FRAME_BYTES:
             raise BadInputError(f"--slot-bytes is at most {MAX_FRAME_BYTES >> 20}M where tensors travel as messages")
         if self.shm_name and self.transport == "binary":

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import uvloop
 
+from asynctsqp.errors import EngineClosed
+
 Result = TypeVar("Result")
 
 
@@ -24,8 +26,17 @@ class LoopThread:
         started.wait()
 
     async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Awaits `work`, which runs in the thread. Cancelling the caller cancels it there."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        """Awaits `work`, which runs in the thread. Cancelling the caller cancels it there.
+
+        Raises EngineClosed if it was the thread's owner who cancelled it.
+        """
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise EngineClosed("the engine was closed") from None
 
     def stop(self) -> None:
         """Ends the loop. Everything in it must have ended before."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,13 @@ from asynctsqp.sockets import client_socket
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_DEADLINE_S = 60.0
+SILENCE_S = 10.0  # of a handshake; the GPU side says each second that it is alive while it loads
 
 _CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
-_ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+_HANDSHAKE_FAILED = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+_ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | _HANDSHAKE_FAILED
 
 Reply = tuple[ToTee, memoryview | None]
 
@@ -49,6 +54,7 @@ class Connection:
         self._monitor = self._socket.get_monitor_socket(_CONNECTED | _ENDED)
         self._pending: dict[int, _Pending] = {}
         self._call_ids = itertools.count(1)
+        self._heard = 0  # messages so far
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -97,10 +103,15 @@ class Connection:
         self._socket.send_multipart([encode(message), *frames], copy=False)
         return future
 
-    async def request(self, call_id: int, message: ToGpu, deadline_s: float) -> ToTee:
-        """`call`, for the messages of the handshake: waits, and wants no tensor back."""
-        answer, _ = await self.call(call_id, message, deadline_s=deadline_s)
-        return answer
+    async def request(self, call_id: int, message: ToGpu) -> ToTee:
+        """`call`, for the messages of the handshake: waits as long as the other side says that it is alive."""
+        reply = self.call(call_id, message, deadline_s=math.inf)
+        while not reply.done():
+            silent_since = self._heard
+            await asyncio.wait((reply,), timeout=SILENCE_S)
+            if not reply.done() and self._heard == silent_since:
+                self._fail(GpuSideLost(f"what listens at {self.endpoint} does not answer as a GPU side"))
+        return reply.result()[0]
 
     def close(self) -> None:
         """Ends the connection; calls that still wait fail with GpuSideLost."""
@@ -133,6 +144,7 @@ class Connection:
 
     def _accept(self, frames: list[zmq.Frame]) -> None:
         answer = decode_to_tee(frames[0].buffer)
+        self._heard += 1
         if isinstance(answer, Alive):
             return
         pending = self._pending.pop(answer.call_id, None)

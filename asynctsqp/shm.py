@@ -26,13 +26,11 @@ import posix_ipc
 import torch
 
 from asynctsqp.errors import SharedMemoryError
+from asynctsqp.limits import MAX_LANES, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.messages import NONCE_BYTES
 from asynctsqp.tensor_codec import view_of
 
 HEADER_BYTES = 4096
-SLOTS = 2
-ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
-MAX_LANES = 64
 
 
 class Region:
@@ -77,7 +75,7 @@ class Region:
     @classmethod
     def attach(cls, name: str, lanes: int, slot_bytes: int) -> Region:
         """Maps a region that the other side made. Raises SharedMemoryError if it is not there or too small."""
-        if not (1 <= lanes <= MAX_LANES and slot_bytes > 0 and slot_bytes % ALIGNMENT == 0):
+        if not (1 <= lanes <= MAX_LANES and slot_bytes > 0 and slot_bytes % SLOT_ALIGNMENT == 0):
             raise SharedMemoryError("the region's lanes or slot size make no sense")
         size = _region_bytes(lanes, slot_bytes)
         try:

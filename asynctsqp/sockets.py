@@ -5,7 +5,8 @@ from __future__ import annotations
 import zmq
 import zmq.asyncio
 
-MAX_FRAME_BYTES = 256 << 20  # a peer that sends more is disconnected by libzmq before it is buffered
+from asynctsqp.limits import MAX_FRAME_BYTES
+
 HEARTBEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 5_000
 

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import dataclasses
 import os
-import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-# Read by OpenMP when torch loads it. Waiting threads must sleep: the other side may need the core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import msgspec
-
-from asynctsqp.chat import chat
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
-from asynctsqp.engine import Engine
-from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
-from asynctsqp.summary import summary
-from tee_side.request import Completion, Piece, Progress
+from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError
 
 INTERRUPTED = 130
 
@@ -31,13 +16,8 @@ INTERRUPTED = 130
 def main() -> int:
     try:
         arguments = _parser().parse_args()
-        options, sampling = (
-            from_arguments(EngineOptions, arguments),
-            from_arguments(SamplingOptions, arguments),
-        )
-        if arguments.serve is not None:
-            raise NotBuiltError("--serve is not built yet")
-        asyncio.run(_run(arguments, dataclasses.asdict(options), dataclasses.asdict(sampling)))
+        _check(arguments)
+        _run(arguments)
     except AsynctsqpError as error:
         print(f"asynctsqp.tee: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -46,7 +26,6 @@ def main() -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 
@@ -65,64 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _run(arguments: argparse.Namespace, options: dict[str, Any], sampling: dict[str, Any]) -> None:
-    task = asyncio.current_task()
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    interactive = arguments.prompt is None and arguments.prompt_file is None and sys.stdin.isatty()
-    if interactive and arguments.json:
+def _check(arguments: argparse.Namespace) -> None:
+    """All that can be known to be wrong before anything is loaded."""
+    arguments.options = from_arguments(EngineOptions, arguments)
+    arguments.sampling = from_arguments(SamplingOptions, arguments)
+    if arguments.serve is not None:
+        raise NotBuiltError("--serve is not built yet")
+    arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and sys.stdin.isatty()
+    if arguments.interactive and arguments.json:
         raise BadInputError("--json needs a prompt: give --prompt or --prompt-file")
-    prompt = None if interactive else _prompt(arguments)
-    if options["protect"] == "none":
-        print("asynctsqp.tee: warning: --protect none: the GPU side can read the activations", file=sys.stderr)
-    engine = (
-        Engine.connect(arguments.model, arguments.gpu, **options)
-        if arguments.gpu
-        else Engine.launch(arguments.model, **options)
-    )
-    async with engine:
-        if prompt is None:
-            await chat(engine, sampling)
-        else:
-            await _answer(engine, prompt, sampling, arguments.json)
 
 
-def _prompt(arguments: argparse.Namespace) -> str | list[dict[str, str]]:
-    text = _text(arguments)
-    if not text:
-        raise PromptError("the prompt is empty")
-    return [{"role": "user", "content": text}] if arguments.chat else text
+def _run(arguments: argparse.Namespace) -> None:
+    # Read by OpenMP when torch loads it. Waiting threads must sleep: the other side may need the core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from asynctsqp import command  # takes seconds: after the arguments have been checked
 
-
-def _text(arguments: argparse.Namespace) -> str:
-    if arguments.prompt is not None:
-        return str(arguments.prompt)
-    try:
-        return sys.stdin.read() if arguments.prompt_file is None else Path(arguments.prompt_file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        source = arguments.prompt_file or "standard input"
-        raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
-
-
-async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:
-    progress = Progress()
-    pieces: list[Piece] = []
-    async with contextlib.aclosing(engine.generate(prompt, progress=progress, **sampling)) as stream:
-        async for piece in stream:
-            pieces.append(piece)
-            if not as_json:
-                print(piece.text, end="", flush=True)
-    if as_json:
-        print(_json(engine, pieces, progress, sampling))
-        return
-    print(flush=True)
-    print(summary(progress), file=sys.stderr)
-
-
-def _json(engine: Engine, pieces: Sequence[Piece], progress: Progress, sampling: dict[str, Any]) -> str:
-    result = dataclasses.asdict(Completion.of(pieces, progress))
-    result["config"] = dataclasses.asdict(engine.options) | sampling
-    return msgspec.json.encode(result).decode()
+    asyncio.run(command.run(arguments))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import contextlib
 import torch
 
 from asynctsqp.errors import BadInputError, CallRefused
+from asynctsqp.limits import MAX_FRAME_BYTES, SLOTS
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
 from asynctsqp.model_spec import LinearSpec, ModelSpec, Op
-from asynctsqp.shm import SLOTS, Region
-from asynctsqp.sockets import MAX_FRAME_BYTES
+from asynctsqp.shm import Region
 from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of, view_of
 from gpu_side.executor import Executor
 from gpu_side.weights import Weights

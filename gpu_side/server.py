@@ -53,6 +53,7 @@ class Server:
         self._dtype = dtype
         self._weights: dict[str, asyncio.Task[Weights]] = {}
         self._clients: dict[bytes, Client] = {}
+        self._greeting: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -127,7 +128,11 @@ class Server:
             raise HandshakeRefused(f"the GPU side does not serve partition {hello.partition}")
         if identity in self._clients:
             raise HandshakeRefused("this connection has been greeted already")
-        weights = await self.weights(hello.dtype)
+        self._greeting.add(identity)  # told that we are alive while the weights are made
+        try:
+            weights = await self.weights(hello.dtype)
+        finally:
+            self._greeting.discard(identity)
         self._clients[identity] = Client(hello, self._checkpoint.spec, weights, self._executor)
         return Welcome(hello.call_id, str(self._executor.device))
 
@@ -142,7 +147,7 @@ class Server:
     async def _probe(self) -> None:
         while True:
             await asyncio.sleep(PROBE_S)
-            for identity in list(self._clients):
+            for identity in [*self._clients, *self._greeting]:
                 await self._send(identity, Alive())
 
     def _forget(self, identity: bytes) -> None:

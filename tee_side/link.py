@@ -11,15 +11,13 @@ import torch
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError
+from asynctsqp.limits import MAX_FRAME_BYTES
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
 from asynctsqp.rpc import Connection
 from asynctsqp.shm import Region
-from asynctsqp.sockets import MAX_FRAME_BYTES
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from tee_side.carriers import Carrier, FrameCarrier, SharedMemoryCarrier
 
-HELLO_DEADLINE_S = 900.0  # the GPU side may have to load the weights first
-ATTACH_DEADLINE_S = 10.0
 RETRY_S = 0.2
 
 Endpoint = Callable[[], Awaitable[str]]
@@ -99,7 +97,7 @@ class Link:
         return Session(connection, carrier, WIRE_DTYPES[self._options.dtype], device)
 
     async def _greet(self, connection: Connection) -> str:
-        answer = await connection.request(0, self._hello, HELLO_DEADLINE_S)
+        answer = await connection.request(0, self._hello)
         if isinstance(answer, Refused):
             raise (HandshakeRefused(answer.reason[:300]) if answer.bad_input else GpuSideLost(answer.reason[:300]))
         if not isinstance(answer, Welcome):
@@ -122,7 +120,7 @@ class Link:
         region = Region.create(self._options.shm_name, self._lanes, self._slot_bytes)
         try:
             request = Attach(connection.next_call_id(), region.name, region.lanes, region.slot_bytes)
-            answer = await connection.request(request.call_id, request, ATTACH_DEADLINE_S)
+            answer = await connection.request(request.call_id, request)
         except BaseException:
             region.close()
             raise

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from asynctsqp.errors import BadInputError, GpuSideUnreachable
+from asynctsqp.errors import BadInputError, EngineClosed, GpuSideUnreachable
 
 STOP_S = 5.0
 PREFIX = "asynctsqp.gpu: error: "
@@ -24,19 +24,32 @@ class LocalGpuSide:
         self._process: subprocess.Popen[str] | None = None
         self._endpoint = ""
         self._last_words = ""
+        self._stopped = False
+        self._turn = threading.Lock()
 
     def endpoint(self) -> str:
         """Starts the process if it is not running; returns where it listens.
 
         Raises BadInputError or GpuSideUnreachable with the process's own words if it does not come up.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.stop()
-            self._start()
-        return self._endpoint
+        with self._turn:
+            if self._stopped:
+                raise EngineClosed("the engine was closed while its GPU side started")
+            if self._process is None or self._process.poll() is not None:
+                self._end()
+                self._start()
+            return self._endpoint
 
     def stop(self) -> None:
-        """Ends it and removes what it may have left. Does nothing if it never ran."""
+        """Ends it and removes what it may have left; also in the middle of its start. It cannot start again."""
+        self._stopped = True
+        starting = self._process
+        if starting is not None and starting.stdin:
+            starting.stdin.close()  # cuts a start short, which holds the lock
+        with self._turn:
+            self._end()
+
+    def _end(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return

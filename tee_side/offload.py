@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from asynctsqp.errors import CallRefused, GpuSideLost, ProtocolError
+from asynctsqp.limits import SLOTS
 from asynctsqp.messages import Call, Done, Refused
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.rpc import Reply
-from asynctsqp.shm import SLOTS
 from tee_side.lanes import Lane
 from tee_side.link import Link, Session
 from tee_side.request import RpcTotals

@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
 from asynctsqp.errors import BadInputError, PromptError
+from asynctsqp.limits import SLOT_ALIGNMENT
 from asynctsqp.model_spec import ModelSpec
-from asynctsqp.shm import ALIGNMENT
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from tee_side.kv_cache import KVMemory
 from tee_side.lanes import Lanes
@@ -150,7 +150,7 @@ def slot_bytes(spec: ModelSpec, options: EngineOptions) -> int:
 
 
 def _round_up(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
 def _chunks(tokens: list[int], size: int) -> list[list[int]]:

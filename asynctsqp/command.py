@@ -1,0 +1,82 @@
+"""What `python -m asynctsqp.tee` does once its arguments are known to be good: one answer, or a chat."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from asynctsqp.chat import chat
+from asynctsqp.engine import Engine
+from asynctsqp.errors import BadInputError, PromptError
+from asynctsqp.summary import summary
+from tee_side.request import Completion, Piece, Progress
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    """arguments: as tee.py parsed and checked them."""
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    prompt = None if arguments.interactive else _prompt(arguments)
+    if arguments.options.protect == "none":
+        print("asynctsqp.tee: warning: --protect none: the GPU side can read the activations", file=sys.stderr)
+    sampling = dataclasses.asdict(arguments.sampling)
+    async with _engine(arguments) as engine:
+        if prompt is None:
+            await chat(engine, sampling)
+        else:
+            await _answer(engine, prompt, sampling, arguments.json)
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    options = dataclasses.asdict(arguments.options)
+    if arguments.gpu is None:
+        return Engine.launch(arguments.model, **options)
+    return Engine.connect(arguments.model, arguments.gpu, **options)
+
+
+def _prompt(arguments: argparse.Namespace) -> str | list[dict[str, str]]:
+    text = _text(arguments)
+    if not text:
+        raise PromptError("the prompt is empty")
+    return [{"role": "user", "content": text}] if arguments.chat else text
+
+
+def _text(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    try:
+        return sys.stdin.read() if arguments.prompt_file is None else Path(arguments.prompt_file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        source = arguments.prompt_file or "standard input"
+        raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
+
+
+async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:
+    progress = Progress()
+    pieces: list[Piece] = []
+    async with contextlib.aclosing(engine.generate(prompt, progress=progress, **sampling)) as stream:
+        async for piece in stream:
+            pieces.append(piece)
+            if not as_json:
+                print(piece.text, end="", flush=True)
+    if as_json:
+        print(_json(engine, pieces, progress, sampling))
+        return
+    print(flush=True)
+    print(summary(progress), file=sys.stderr)
+
+
+def _json(engine: Engine, pieces: Sequence[Piece], progress: Progress, sampling: dict[str, Any]) -> str:
+    result = dataclasses.asdict(Completion.of(pieces, progress))
+    result["config"] = dataclasses.asdict(engine.options) | sampling
+    return msgspec.json.encode(result).decode()

@@ -1,0 +1,7 @@
+"""Sizes that both sides agree on and that the options are checked against. No imports: read before torch is."""
+
+SLOTS = 2  # a lane's double buffer
+MAX_LANES = 64
+SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
+MAX_FRAME_BYTES = 256 << 20  # a peer that sends more in one frame is disconnected before it is buffered
+WIRE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
