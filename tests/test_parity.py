@@ -75,3 +75,24 @@ def test_tiny_models_answer_like_transformers(name: str, tiny_model: Callable[[s
         expected = model(torch.tensor([prompt + tokens])).logits[0]
     assert (scores - expected).abs().max() < 2e-4
     assert tokens == reference(directory, prompt, 64)
+
+
+def test_demo_logits_are_those_of_transformers(demo_model: Path) -> None:
+    """float32: within 2e-4; bfloat16: as near to float32 as transformers' own bfloat16 is."""
+    tokens = AutoTokenizer.from_pretrained(demo_model).encode(LONG)[:512]
+
+    async def ours(dtype: str) -> torch.Tensor:
+        async with asynctsqp.Engine.launch(demo_model, dtype=dtype) as engine:
+            return await engine.logits(tokens)
+
+    def theirs(dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=dtype)
+            return model(torch.tensor([tokens])).logits[0].float()
+
+    exact = theirs(torch.float32)
+    assert (asyncio.run(ours("float32")) - exact).abs().max() < 2e-4
+    their_error = (theirs(torch.bfloat16) - exact).abs().mean()
+    our_error = (asyncio.run(ours("bfloat16")) - exact).abs().mean()
+    print(f"bfloat16: mean |logit - float32 logit| {our_error:.4f}, transformers {their_error:.4f}")
+    assert our_error <= 1.2 * their_error

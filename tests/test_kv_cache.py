@@ -1,0 +1,111 @@
+"""Attention over blocks against plain softmax attention, and the accounting of KV memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asynctsqp.errors import PromptError
+from asynctsqp.model_spec import ModelSpec
+from tee_side.kv_cache import KVCache, KVMemory
+
+SPEC = ModelSpec(
+    hidden_size=48,
+    intermediate_size=64,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    vocab_size=100,
+    max_positions=4096,
+    rms_norm_eps=1e-5,
+    tied_embedding=True,
+    attention_bias=False,
+    mlp_bias=False,
+)
+TOKEN_BYTES = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The textbook formula in float64, all scores materialised. q: [n, heads, d]; k, v: [n, kv_heads, d]."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(SPEC.heads // SPEC.kv_heads, dim=0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) / SPEC.head_dim**0.5
+    hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=8),
+    st.integers(0, 150),
+    st.integers(0, 10_000),
+)
+def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], steps: int, seed: int) -> None:
+    lengths = chunks + [1] * steps
+    total = sum(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(total, SPEC.heads, SPEC.head_dim, generator=generator)
+    k, v = torch.randn(2, total, SPEC.kv_heads, SPEC.head_dim, generator=generator)
+    cache = KVCache(SPEC, chunks[0], total)
+    outputs, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        span = cache.extend(length)
+        assert span.position == start
+        outputs.append(cache.attend(1, span, q[rows], k[rows], v[rows]))
+        start += length
+    torch.testing.assert_close(torch.cat(outputs).double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_a_growing_sequence_is_never_moved() -> None:
+    cache = KVCache(SPEC, 10, 3000)
+    addresses: dict[int, int] = {}
+    for _ in range(3000):
+        cache.extend(1)
+        for index, block in enumerate(cache._blocks):
+            assert addresses.setdefault(index, block.keys.data_ptr()) == block.keys.data_ptr()
+    assert len(addresses) < 10
+    assert sum(block.tokens for block in cache._blocks) <= 3000 + 64
+
+
+def test_a_full_memory_makes_the_next_one_wait_and_loses_none() -> None:
+    async def run() -> list[str]:
+        memory = KVMemory(SPEC, 128 * TOKEN_BYTES)
+        log: list[str] = []
+
+        async def hold(name: str, tokens: int, leave: asyncio.Event) -> None:
+            async with memory.sequence(tokens, 0):
+                log.append(name)
+                await leave.wait()
+
+        first_leaves, rest_leave = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(hold("first", 100, first_leaves))
+        await asyncio.sleep(0)
+        rest = [asyncio.create_task(hold(name, 60, rest_leave)) for name in ("second", "third", "fourth")]
+        await asyncio.sleep(0)
+        rest[1].cancel()  # waits in the queue: its place must go with it
+        await asyncio.sleep(0)
+        assert log == ["first"]
+        first_leaves.set()
+        await first
+        await asyncio.sleep(0)
+        rest_leave.set()
+        await asyncio.gather(*rest, return_exceptions=True)
+        assert memory.reserved_bytes == 0
+        return log
+
+    assert asyncio.run(run()) == ["first", "second", "fourth"]
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    async def ask() -> None:
+        async with KVMemory(SPEC, 128 * TOKEN_BYTES).sequence(100, 100):
+            pass
+
+    with pytest.raises(PromptError, match="--kv-memory"):
+        asyncio.run(ask())
