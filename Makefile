@@ -4,7 +4,7 @@ PYTHON ?= python3
 # pip's newest torch may bring gigabytes of CUDA packages; this one is what the project is tested with.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
-DEMO_PROMPT ?= Why should I keep my prompts private? Answer in two sentences.
+DEMO_PROMPT ?= Explain in two sentences why the sky is blue.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
