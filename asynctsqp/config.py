@@ -83,7 +83,7 @@ class EngineOptions:
     slot_bytes: int | None = _size("of each of a lane's four slots (default: 16M, or what the model needs)")
     kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
     doorbell: str = option(
-        "auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"), built=("auto", "off")
+        "auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"), built=("auto", "on", "off")
     )
     reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")
     threads: int | None = option(None, "for this side's tensor work (default: chosen)", type=int, metavar="N")

@@ -18,6 +18,7 @@ import torch
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions, make
+from asynctsqp.cores import Cores
 from asynctsqp.errors import BadInputError, EngineClosed
 from asynctsqp.loop_thread import LoopThread
 from tee_side.local_gpu import LocalGpuSide
@@ -56,10 +57,10 @@ class Engine:
     async def __aenter__(self) -> Engine:
         if self._thread is not None:
             raise EngineClosed("this engine is running already")
-        threads = self.options.threads or _cores()
-        self._thread = LoopThread("asynctsqp", threads)
+        cores = Cores.plan(self.options)
+        self._thread = LoopThread("asynctsqp", cores.threads)
         try:
-            self._pipeline = await self._thread.run(self._open(threads))
+            self._pipeline = await self._thread.run(self._open(cores))
         except BaseException:
             await self._close()
             raise
@@ -115,9 +116,10 @@ class Engine:
             raise EngineClosed("the engine is not running: use it inside `async with`")
         return self._thread, self._pipeline
 
-    async def _open(self, threads: int) -> Pipeline:
+    async def _open(self, cores: Cores) -> Pipeline:
         checkpoint = await asyncio.to_thread(Checkpoint.find, self._model)
-        return await Pipeline.open(checkpoint, self.options, self._endpoint(checkpoint, threads))
+        endpoint = self._endpoint(checkpoint, cores.threads)
+        return await Pipeline.open(checkpoint, self.options, endpoint, cores.may_spin)
 
     def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:
@@ -172,7 +174,3 @@ def _fixed(endpoint: str) -> Callable[[], Awaitable[str]]:
         return endpoint
 
     return address
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

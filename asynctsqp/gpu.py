@@ -8,7 +8,7 @@ import sys
 
 from asynctsqp.config import OneLineParser
 from asynctsqp.errors import AsynctsqpError, BadInputError
-from asynctsqp.limits import WIRE_DTYPE_NAMES
+from asynctsqp.limits import OPENMP, WIRE_DTYPE_NAMES
 
 DEFAULT_BIND = "tcp://127.0.0.1:5555"
 
@@ -44,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    # Read by OpenMP when torch loads it. Waiting threads must sleep: the other side may need the core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= OPENMP | os.environ  # read when torch is imported; the user's own settings come first
     from gpu_side import process  # takes seconds: after the arguments have been checked
 
     process.serve(

@@ -10,6 +10,8 @@
                                           <--  Alive     now and then: sending it fails once a TEE side is gone
 
 There is no goodbye: the end of the connection says it, also for a side that was killed.
+Call, Done and Refused may go through a doorbell in the shared region instead; then a side that sleeps is sent Wake.
+
 `call_id` is chosen by the TEE side and comes back in the answer. A message is the first frame; a second
 frame, where there is one, is the raw bytes of one tensor (binary transport).
 """
@@ -42,6 +44,13 @@ class Attach(Message, tag=2, frozen=True):
     name: str
     lanes: int
     slot_bytes: int
+    doorbell: bool  # calls will come through the region's rings
+
+
+class Wake(Message, tag=4, frozen=True):
+    """Look at the doorbell (doorbell.py). From either side, and not answered: `call_id` is 0."""
+
+    call_id: int = 0
 
 
 class Call(Message, tag=3, frozen=True):
@@ -78,8 +87,8 @@ class Alive(Message, tag=15, frozen=True):
     pass
 
 
-ToGpu: TypeAlias = Hello | Attach | Call
-ToTee: TypeAlias = Welcome | Attached | Done | Refused | Alive
+ToGpu: TypeAlias = Hello | Attach | Call | Wake
+ToTee: TypeAlias = Welcome | Attached | Done | Refused | Alive | Wake
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_gpu = msgspec.msgpack.Decoder(ToGpu).decode

@@ -7,9 +7,10 @@ comes back: link.py on the TEE side decides whether to make another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,8 +18,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError
-from asynctsqp.messages import MAX_FRAMES, Alive, ToGpu, ToTee, decode_to_tee, encode
+from asynctsqp.messages import MAX_FRAMES, Alive, ToGpu, ToTee, Wake, decode_to_tee, encode
+from asynctsqp.shm import Region
 from asynctsqp.sockets import client_socket
 
 CONNECT_TIMEOUT_S = 5.0
@@ -55,6 +58,8 @@ class Connection:
         self._pending: dict[int, _Pending] = {}
         self._call_ids = itertools.count(1)
         self._heard = 0  # messages so far
+        self._doorbell: Doorbell | None = None
+        self._called = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -100,8 +105,18 @@ class Connection:
             settled()
             return future
         self._pending[call_id] = _Pending(future, loop.time() + deadline_s, settled)
-        self._socket.send_multipart([encode(message), *frames], copy=False)
+        if self._doorbell is None:
+            self._socket.send_multipart([encode(message), *frames], copy=not frames)
+        else:
+            self._doorbell.send(encode(message))
+            self._called.set()
         return future
+
+    def use_doorbell(self, region: Region, may_spin: bool) -> None:
+        """From here on calls and their answers go through the region's rings; `close` lets go of the region."""
+        outgoing, incoming = Ring(region.call_ring()), Ring(region.answer_ring())
+        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, lambda: may_spin)
+        self._tasks.append(asyncio.create_task(self._listen(self._doorbell)))
 
     async def request(self, call_id: int, message: ToGpu) -> ToTee:
         """`call`, for the messages of the handshake: waits as long as the other side says that it is alive."""
@@ -122,6 +137,8 @@ class Connection:
         self._monitor.close()
         self._socket.close()
         self._context.term()
+        if self._doorbell is not None:
+            self._doorbell.close()
 
     async def _connected(self) -> None:
         event = 0
@@ -135,24 +152,47 @@ class Connection:
         return event
 
     async def _read(self) -> None:
-        while self.lost is None:
-            frames = await self._socket.recv_multipart(copy=False)
-            try:
-                self._accept(frames)
-            except (msgspec.DecodeError, ProtocolError) as error:
-                self._fail(ProtocolError(f"the GPU side at {self.endpoint} broke the protocol: {error}"))
+        with self._failing_on_nonsense():
+            while self.lost is None:
+                frames = await self._socket.recv_multipart(copy=False)
+                if len(frames) > MAX_FRAMES:
+                    raise ProtocolError("a message of too many frames")
+                self._accept(frames[0].buffer, frames[1].buffer if len(frames) == MAX_FRAMES else None)
 
-    def _accept(self, frames: list[zmq.Frame]) -> None:
-        answer = decode_to_tee(frames[0].buffer)
+    async def _listen(self, doorbell: Doorbell) -> None:
+        with self._failing_on_nonsense():
+            while self.lost is None:
+                if not self._pending:
+                    self._called.clear()
+                    await self._called.wait()
+                self._accept(await doorbell.receive(), None)
+
+    @contextlib.contextmanager
+    def _failing_on_nonsense(self) -> Iterator[None]:
+        try:
+            yield
+        except (msgspec.DecodeError, ProtocolError) as error:
+            self._fail(ProtocolError(f"the GPU side at {self.endpoint} broke the protocol: {error}"))
+
+    def _accept(self, message: bytes | memoryview, tensor: memoryview | None) -> None:
+        answer = decode_to_tee(message)
         self._heard += 1
-        if isinstance(answer, Alive):
-            return
+        match answer:
+            case Alive():
+                return
+            case Wake():
+                if self._doorbell is not None:
+                    self._doorbell.wake()
+                return
         pending = self._pending.pop(answer.call_id, None)
-        if pending is None or len(frames) > MAX_FRAMES:
+        if pending is None:
             raise ProtocolError("an answer that nobody asked for")
         pending.settled()
         if not pending.future.done():
-            pending.future.set_result((answer, frames[1].buffer if len(frames) == MAX_FRAMES else None))
+            pending.future.set_result((answer, tensor))
+
+    def _wake_peer(self) -> None:
+        self._socket.send(encode(Wake()))
 
     async def _watch_peer(self) -> None:
         while not await self._next_event() & _ENDED:

@@ -1,8 +1,8 @@
 """The shared-memory region that carries tensors between the two sides of one connection.
 
-    byte 0          HEADER_BYTES                                                      lane 1
-    | nonce, zeros  | lane 0: request 0 | request 1 | reply 0 | reply 1 | request 0 | ...
-                      <- slot_bytes -->
+    byte 0                           HEADER_BYTES                                     lane 1
+    | nonce | call ring | answer ring | lane 0: request 0 | request 1 | reply 0 | reply 1 | ...
+                                                <- slot_bytes -->
 
 The TEE side makes the region, the GPU side maps it. Each lane (one micro-batch on its way through the layers)
 has two slots, each a request and a reply area, so that one slot can be filled or emptied while the other is
@@ -13,7 +13,8 @@ computed on (double buffering):
       '------------------------------- TEE copies the reply out ------------------------------'
 
 The state of a slot is never stored in the region, where the other side could change it: the TEE side knows
-it from its own program order (offload.py). The region holds payload only.
+it from its own program order (offload.py). Beside the payload the region holds
+the two rings of doorbell.py, through which the messages themselves may go.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import secrets
 import posix_ipc
 import torch
 
+from asynctsqp.doorbell import RING_BYTES
 from asynctsqp.errors import SharedMemoryError
 from asynctsqp.limits import MAX_LANES, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.messages import NONCE_BYTES
 from asynctsqp.tensor_codec import view_of
 
-HEADER_BYTES = 4096
+NONCE_AREA_BYTES = 64
+HEADER_BYTES = -(-(NONCE_AREA_BYTES + 2 * RING_BYTES) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
 class Region:
@@ -95,6 +98,14 @@ class Region:
     def nonce(self) -> bytes:
         """What only a process that has mapped this very region can know."""
         return self.memory[:NONCE_BYTES]
+
+    def call_ring(self) -> memoryview:
+        """Where calls go to the GPU side: a view."""
+        return memoryview(self.memory)[NONCE_AREA_BYTES : NONCE_AREA_BYTES + RING_BYTES]
+
+    def answer_ring(self) -> memoryview:
+        """Where answers come from: a view."""
+        return memoryview(self.memory)[NONCE_AREA_BYTES + RING_BYTES : NONCE_AREA_BYTES + 2 * RING_BYTES]
 
     def unlink(self) -> None:
         """Takes the name away; the mappings stay. From here on a `kill -9` of both sides leaks nothing."""

@@ -9,6 +9,7 @@ import sys
 
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError
+from asynctsqp.limits import OPENMP
 
 INTERRUPTED = 130
 
@@ -56,8 +57,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    # Read by OpenMP when torch loads it. Waiting threads must sleep: the other side may need the core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= OPENMP | os.environ  # read when torch is imported; the user's own settings come first
     from asynctsqp import command  # takes seconds: after the arguments have been checked
 
     asyncio.run(command.run(arguments))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 import torch
 
+from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import BadInputError, CallRefused
 from asynctsqp.limits import MAX_FRAME_BYTES, SLOTS
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
@@ -22,12 +24,17 @@ MAX_CALLS = 256  # in flight; an honest client has two a lane
 class Client:
     """One greeted TEE side. Every number in its messages is checked before it is used."""
 
-    def __init__(self, hello: Hello, spec: ModelSpec, weights: Weights, executor: Executor) -> None:
+    def __init__(
+        self, hello: Hello, spec: ModelSpec, weights: Weights, executor: Executor, wake: Callable[[], None]
+    ) -> None:
         self._dtype = WIRE_DTYPES[hello.dtype]
         self._spec = spec
         self._weights = weights
         self._executor = executor
         self._region: Region | None = None
+        self._wake = wake
+        self.doorbell: Doorbell | None = None
+        self.listener: asyncio.Task[None] | None = None
         self.calls: set[asyncio.Task[None]] = set()
 
     def attach(self, request: Attach) -> Attached:
@@ -37,6 +44,9 @@ class Client:
         region = Region.attach(request.name, request.lanes, request.slot_bytes)
         self._executor.pin(region)
         self._region = region
+        if request.doorbell:
+            incoming, outgoing = Ring(region.call_ring()), Ring(region.answer_ring())
+            self.doorbell = Doorbell(outgoing, incoming, self._wake, lambda: not self._executor.busy)
         return Attached(request.call_id, region.nonce)
 
     async def serve(self, call: Call, payload: memoryview | None) -> tuple[Done, memoryview | None]:
@@ -60,6 +70,11 @@ class Client:
         """Waits for running calls, then unmaps: nothing of the client is left."""
         while self.calls:
             await asyncio.wait(self.calls)
+        if self.listener is not None:
+            self.listener.cancel()
+            await asyncio.gather(self.listener, return_exceptions=True)
+        if self.doorbell is not None:
+            self.doorbell.close()
         if self._region is not None:
             lanes: list[object] = [(self, lane) for lane in range(self._region.lanes)]
             self._executor.unpin(self._region, lanes)

@@ -24,6 +24,7 @@ class Executor(Protocol):
     """One device."""
 
     device: torch.device
+    busy: int  # products that are computed now, by threads that need the cores which a polling loop would take
 
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
         """out = x W^T (+ bias); returns the seconds that it took. Calls of one lane run in order."""
@@ -40,12 +41,17 @@ class CpuExecutor:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.busy = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="product")
 
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
         if len(x) <= DECODE_ROWS:
             return _timed_product(linear, x, out)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _timed_product, linear, x, out)
+        self.busy += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _timed_product, linear, x, out)
+        finally:
+            self.busy -= 1
 
     def pin(self, region: Region) -> None:
         pass
@@ -59,6 +65,7 @@ class CudaExecutor:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.busy = 0
         self._streams: dict[object, torch.cuda.Stream] = {}
 
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,7 +13,8 @@ import zmq
 import zmq.asyncio
 
 from asynctsqp.checkpoint import Checkpoint, short
-from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused
+from asynctsqp.doorbell import Doorbell
+from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused, ProtocolError
 from asynctsqp.messages import (
     MAX_FRAMES,
     PROTOCOL_VERSION,
@@ -23,6 +25,7 @@ from asynctsqp.messages import (
     Refused,
     ToGpu,
     ToTee,
+    Wake,
     Welcome,
     decode_to_gpu,
     encode,
@@ -33,6 +36,9 @@ from gpu_side.executor import Executor
 from gpu_side.weights import Weights
 
 PROBE_S = 1.0  # how often each client is tried; one that is gone is forgotten at the next try
+
+# how an answer, and the tensor that goes with it, gets back to who asked
+Reply = Callable[..., Coroutine[Any, Any, None]]
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +91,23 @@ class Server:
         except (msgspec.DecodeError, CallRefused) as error:
             self._start(self._send(identity, Refused(0, f"not a request of this protocol: {error}", bad_input=True)))
             return
+        payload = frames[1] if len(frames) == MAX_FRAMES else None
+        self._handle(identity, message, payload, partial(self._send, identity))
+
+    def _handle(self, identity: bytes, message: ToGpu, payload: memoryview | None, reply: Reply) -> None:
         client = self._clients.get(identity)
-        if client is not None and len(client.calls) >= MAX_CALLS:
-            self._start(self._send(identity, Refused(message.call_id, "too many calls at once", bad_input=False)))
-            return
-        task = self._start(self._answer(identity, client, message, frames[1] if len(frames) == MAX_FRAMES else None))
-        if client is not None:
+        if client is None:
+            self._start(self._answer(identity, None, message, payload, reply))
+        elif len(client.calls) >= MAX_CALLS:
+            self._start(reply(Refused(message.call_id, "too many calls at once", bad_input=False)))
+        else:
+            task = self._start(self._answer(identity, client, message, payload, reply))
             client.calls.add(task)
             task.add_done_callback(client.calls.discard)
 
-    async def _answer(self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None) -> None:
+    async def _answer(
+        self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None, reply: Reply
+    ) -> None:
         answer: ToTee
         tensor: memoryview | None = None
         try:
@@ -105,14 +118,36 @@ class Server:
                     raise CallRefused("this connection has not been greeted: send Hello first")
                 case Attach(), Client():
                     answer = client.attach(message)
+                    if client.doorbell is not None:
+                        client.listener = self._start(self._listen(identity, client.doorbell))
                 case Call(), Client():
                     answer, tensor = await client.serve(message, payload)
+                case Wake(), Client():
+                    if client.doorbell is not None:
+                        client.doorbell.wake()
+                    return
         except AsynctsqpError as error:
-            answer = Refused(message.call_id, str(error), bad_input=error.exit_code == 2)
+            answer = Refused(message.call_id, _short(error), bad_input=error.exit_code == 2)
         except (RuntimeError, OSError) as error:  # out of memory, a failed kernel, a file that went away
-            log.warning("a call failed: %s", error)
-            answer = Refused(message.call_id, f"the GPU side failed: {str(error).splitlines()[0]}", bad_input=False)
-        await self._send(identity, answer, tensor)
+            log.warning("a call failed: %s", _short(error))
+            answer = Refused(message.call_id, f"the GPU side failed: {_short(error)}", bad_input=False)
+        await reply(answer, tensor)
+
+    async def _listen(self, identity: bytes, doorbell: Doorbell) -> None:
+        """Serves one client's doorbell until the client is forgotten, or breaks it."""
+
+        async def reply(answer: ToTee, tensor: memoryview | None = None) -> None:
+            doorbell.send(encode(answer))
+
+        try:
+            while True:
+                message = decode_to_gpu(await doorbell.receive())
+                if not isinstance(message, Call):
+                    raise ProtocolError("only calls go through a doorbell")
+                self._handle(identity, message, None, reply)
+        except (msgspec.DecodeError, ProtocolError) as error:
+            log.warning("a client broke its doorbell: %s", error)
+            self._forget(identity)
 
     async def _greet(self, identity: bytes, hello: Hello) -> Welcome:
         if hello.version != PROTOCOL_VERSION:
@@ -133,7 +168,9 @@ class Server:
             weights = await self.weights(hello.dtype)
         finally:
             self._greeting.discard(identity)
-        self._clients[identity] = Client(hello, self._checkpoint.spec, weights, self._executor)
+        self._clients[identity] = Client(
+            hello, self._checkpoint.spec, weights, self._executor, partial(self._wake, identity)
+        )
         return Welcome(hello.call_id, str(self._executor.device))
 
     async def _send(self, identity: bytes, message: ToTee, tensor: memoryview | None = None) -> None:
@@ -143,6 +180,9 @@ class Server:
             await self._socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
         except zmq.ZMQError:
             self._forget(identity)
+
+    def _wake(self, identity: bytes) -> None:
+        self._start(self._send(identity, Wake()))
 
     async def _probe(self) -> None:
         while True:
@@ -157,7 +197,7 @@ class Server:
             self._start(self._close(client))
 
     async def _close(self, client: Client) -> None:
-        client.calls.discard(asyncio.current_task())
+        client.calls.discard(asyncio.current_task())  # a call that found its client gone
         await client.close()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -165,3 +205,8 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _short(error: Exception) -> str:
+    """One line of plain characters that fits a doorbell's entry."""
+    return " ".join(str(error).split()).encode("ascii", "replace")[:180].decode()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from asynctsqp import doorbell
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError
@@ -40,25 +41,35 @@ class Session:
 class Link:
     """Holds the current session. Make it with `open`, end it with `close`."""
 
-    def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, lanes: int, slot_bytes: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, hello: Hello, options: EngineOptions, lanes: int, slot_bytes: int, may_spin: bool
+    ) -> None:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
         self._lanes = lanes
         self._slot_bytes = slot_bytes
+        self._doorbell = options.doorbell != "off" and doorbell.supported()
+        self._may_spin = may_spin
         self._recovery = asyncio.Lock()
         self.session: Session
 
     @classmethod
     async def open(
-        cls, endpoint: Endpoint, checkpoint: Checkpoint, options: EngineOptions, lanes: int, slot_bytes: int
+        cls,
+        endpoint: Endpoint,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        lanes: int,
+        slot_bytes: int,
+        may_spin: bool,
     ) -> Link:
         """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves).
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
         hello = Hello(0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition)
-        link = cls(endpoint, hello, options, lanes, slot_bytes)
+        link = cls(endpoint, hello, options, lanes, slot_bytes, may_spin)
         link.session = await link._connect_within(options.reconnect_s)
         return link
 
@@ -110,6 +121,8 @@ class Link:
         if transport != "binary":
             region = await self._share(connection)
             if region is not None:
+                if self._doorbell:
+                    connection.use_doorbell(region, self._may_spin)
                 return SharedMemoryCarrier(region, dtype)
             if transport == "shm":
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
@@ -119,7 +132,7 @@ class Link:
         """A region that the other side has proved to see, or None. Its name is gone when this returns."""
         region = Region.create(self._options.shm_name, self._lanes, self._slot_bytes)
         try:
-            request = Attach(connection.next_call_id(), region.name, region.lanes, region.slot_bytes)
+            request = Attach(connection.next_call_id(), region.name, region.lanes, region.slot_bytes, self._doorbell)
             answer = await connection.request(request.call_id, request)
         except BaseException:
             region.close()

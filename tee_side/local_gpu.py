@@ -103,7 +103,4 @@ def _environment() -> dict[str, str]:
     """Ours, with the packages found where this process found them."""
     here = str(Path(__file__).parent.parent)
     path = os.environ.get("PYTHONPATH")
-    return os.environ | {
-        "PYTHONPATH": here + (os.pathsep + path if path else ""),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    return os.environ | {"PYTHONPATH": here + (os.pathsep + path if path else "")}

@@ -51,10 +51,10 @@ class Pipeline:
         self.load_s = 0.0
 
     @classmethod
-    async def open(cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint) -> Pipeline:
+    async def open(cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint, may_spin: bool) -> Pipeline:
         start = time.perf_counter()
         lanes = options.lanes or DEFAULT_LANES
-        link = await Link.open(endpoint, checkpoint, options, lanes, slot_bytes(checkpoint.spec, options))
+        link = await Link.open(endpoint, checkpoint, options, lanes, slot_bytes(checkpoint.spec, options), may_spin)
         try:
             pipeline = cls(checkpoint, options, link, Lanes(lanes))
         except BaseException:

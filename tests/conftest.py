@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,17 @@ import pytest
 from tests import models
 
 ROOT = Path(__file__).parent.parent
+SETTLE_S = 5.0  # a GPU side needs a moment to see that its parent was killed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_tmp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Processes of this run keep their sockets here: other runs on this machine are no business of ours."""
+    directory = tmp_path_factory.mktemp("tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(directory))
+        patch.setattr(tempfile, "tempdir", None)
+        yield directory
 
 
 @pytest.fixture(scope="session")
@@ -85,19 +98,46 @@ def run_tee(*flags: str, stdin: str = "", timeout_s: float = 120) -> subprocess.
 
 def _leftovers() -> set[str]:
     shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if "asynctsqp" in name}
-    private = {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith("asynctsqp-")}
-    children = {
-        f"process {child.pid}: {' '.join(child.cmdline())[:80]}"
-        for child in psutil.Process().children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE and "asynctsqp" in " ".join(child.cmdline())
-    }
-    return shared | private | children
+    private = {f"{path}" for path in Path(tempfile.gettempdir()).glob("asynctsqp-*")}
+    return shared | private | set(_processes())
+
+
+def _processes() -> Iterator[str]:
+    """Our packages' processes that this run started: its temporary directory tells, also for an orphan."""
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            if process.pid != os.getpid() and "asynctsqp." in words and "TMPDIR" in process.environ():
+                if process.environ()["TMPDIR"] == tempfile.gettempdir():
+                    yield f"process {process.pid}: {words[:80]}"
+        except psutil.Error:  # it ended while we looked, or it is not ours to look at
+            continue
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test leaves /dev/shm, /tmp and the process table as it found them."""
+def leaves_nothing(private_tmp: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test leaves /dev/shm, the temporary directory and the process table as it found them."""
     before = _leftovers()
     yield
-    left = _leftovers() - before
+    give_up = time.monotonic() + SETTLE_S
+    while (left := _leftovers() - before) and time.monotonic() < give_up:
+        time.sleep(0.05)
     assert not left, f"the test left behind: {sorted(left)}"
+
+
+@pytest.fixture(scope="session")
+def tiny_gpus(private_tmp: Path, tiny_model: Callable[[str], Path]) -> Iterator[list[GpuProcess]]:
+    """GPU sides with the tiny model `gqa`: the one in use is the last, those before it have died."""
+    started = [GpuProcess(tiny_model("gqa"), "--bind", "tcp://127.0.0.1:0")]
+    yield started
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def tiny_gpu(tiny_gpus: list[GpuProcess], tiny_model: Callable[[str], Path]) -> Iterator[GpuProcess]:
+    """One GPU side with the tiny model `gqa`, shared by all tests: none may end it."""
+    if tiny_gpus[-1].process.poll() is not None:
+        tiny_gpus.append(GpuProcess(tiny_model("gqa"), "--bind", "tcp://127.0.0.1:0"))
+    yield tiny_gpus[-1]
+    assert tiny_gpus[-1].process.poll() is None, "the GPU side died"

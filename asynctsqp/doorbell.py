@@ -1,0 +1,146 @@
+"""The low-latency way for a call and its answer: encoded messages in two rings in shared memory.
+
+One ring a direction, one producer and one consumer each:
+
+    | head | parked | entry 0: length, message | entry 1 | ... |      head = messages ever pushed
+
+The producer writes the entry, then `head`. The consumer polls `head`, letting other coroutines run between two
+looks, for as long as the next message may be near; then it sets `parked`, looks once more, and sleeps. A producer
+that finds `parked` set clears it and sends an empty Wake over ZeroMQ. A wake-up cannot be lost: each side writes
+its own word, passes a fence, and then reads the other's, so at least one of the two sees the other; and the sleep
+is finite all the same.
+
+The entries hold the same messages as ZeroMQ frames do, and are copied once before they are decoded. The count of
+consumed messages is the consumer's own: nothing that the other side writes is used as an index or a size unchecked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+import threading
+import time
+from collections.abc import Callable
+
+from asynctsqp.errors import ProtocolError
+from asynctsqp.limits import MAX_LANES, SLOTS
+
+ENTRIES = MAX_LANES * SLOTS  # every slot may have one call in flight
+ENTRY_BYTES = 256
+MAX_MESSAGE_BYTES = ENTRY_BYTES - 2
+WORDS_BYTES = 128
+RING_BYTES = WORDS_BYTES + ENTRIES * ENTRY_BYTES
+
+SPIN_S = 0.002  # longer than the pause between two calls of a decode step, shorter than anyone's patience
+SLEEP_S = 0.1  # at most, before a parked side looks again
+
+_HEAD, _PARKED = 0, 8  # in 8-byte words: a cache line each
+
+
+def supported() -> bool:
+    """Only where the processor itself keeps stores in order: Python has no release store."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+class Ring:
+    """One direction of a doorbell, as one of its two sides sees it. `close` before the memory is unmapped."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """memory: RING_BYTES bytes, zeroed before the first use."""
+        self._words = memory[:WORDS_BYTES].cast("Q")
+        self._entries = memory[WORDS_BYTES:RING_BYTES]
+        self._count = 0
+        self._fence = threading.Lock()
+
+    def push(self, message: bytes) -> bool:
+        """Adds a message; True if the consumer is parked, and must be woken."""
+        start = self._count % ENTRIES * ENTRY_BYTES
+        entry = len(message).to_bytes(2, "little") + message
+        self._entries[start : start + len(entry)] = entry
+        self._count += 1
+        self._words[_HEAD] = self._count
+        self._order_memory()
+        if not self._words[_PARKED]:
+            return False
+        self._words[_PARKED] = 0
+        return True
+
+    def pop(self) -> bytes | None:
+        """The next message, copied, or None. Raises ProtocolError if the producer broke the ring."""
+        waiting = self._words[_HEAD] - self._count
+        if waiting == 0:
+            return None
+        start = self._count % ENTRIES * ENTRY_BYTES
+        length = int.from_bytes(self._entries[start : start + 2], "little")
+        if not 0 < waiting <= ENTRIES or length > MAX_MESSAGE_BYTES:
+            raise ProtocolError("the doorbell's ring is damaged")
+        self._count += 1
+        return bytes(self._entries[start + 2 : start + 2 + length])
+
+    def park(self) -> bool:
+        """Asks to be woken; False if there is a message after all."""
+        self._words[_PARKED] = 1
+        self._order_memory()
+        if self._words[_HEAD] == self._count:
+            return True
+        self._words[_PARKED] = 0
+        return False
+
+    def close(self) -> None:
+        self._words.release()
+        self._entries.release()
+
+    def _order_memory(self) -> None:
+        """A full fence: taking a lock is an atomic read-modify-write, which no load or store passes on x86-64."""
+        with self._fence:
+            pass
+
+
+class Doorbell:
+    """Both rings of one connection, as one side sees them.
+
+    wake_peer: sends the empty Wake over ZeroMQ. may_spin: asked before each wait; polling takes a core, and must
+    not take it from whoever computes what is waited for.
+    """
+
+    def __init__(
+        self, outgoing: Ring, incoming: Ring, wake_peer: Callable[[], None], may_spin: Callable[[], bool]
+    ) -> None:
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._wake_peer = wake_peer
+        self._may_spin = may_spin
+        self._woken = asyncio.Event()
+        self._near = True  # was the last message near enough to spin for?
+
+    def send(self, message: bytes) -> None:
+        """message: at most MAX_MESSAGE_BYTES. Never waits: the ring has an entry for each call that may be in flight."""
+        if self._outgoing.push(message):
+            self._wake_peer()
+
+    async def receive(self) -> bytes:
+        """The next message. Raises ProtocolError if the other side broke the ring."""
+        start = time.perf_counter()
+        while (message := self._incoming.pop()) is None:
+            if self._near and self._may_spin() and time.perf_counter() - start < SPIN_S:
+                await asyncio.sleep(0)
+            else:
+                await self._sleep()
+        self._near = time.perf_counter() - start < SPIN_S
+        return message
+
+    def wake(self) -> None:
+        """The other side's Wake has come."""
+        self._woken.set()
+
+    def close(self) -> None:
+        self._outgoing.close()
+        self._incoming.close()
+
+    async def _sleep(self) -> None:
+        self._woken.clear()
+        if self._incoming.park():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SLEEP_S):
+                    await self._woken.wait()

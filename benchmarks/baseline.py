@@ -1,0 +1,174 @@
+"""This project and `transformers`, side by side on the CPU.
+
+    python -m benchmarks.baseline [--model DIR] [--dtype float32|bfloat16] [--threads N] [--rounds N]
+                                  [--engine KEY=VALUE]... [--out FILE]
+
+Measured, per dtype, as the caller of either library in a warm process sees it:
+
+- decode: ms per token, from the first to the 65th token of a greedy answer to a 64-token prompt.
+- prefill: ms to the first token of the answer to a 1024-token prompt.
+- memory: each process's peak resident size since its start, loading the model included.
+- for this project, per decoded token and per 1024-token prompt: calls to the GPU side and bytes of tensors
+  both ways; and the share of an answer's time that was spent waiting for the GPU side.
+
+Each contender has processes of its own and the same cores: --threads binds both to that many; how many threads
+it runs on them is its own choice (--engine threads=N overrides ours). They take turns, A B A B, and who is not
+measured is stopped. transformers runs `generate` in inference mode, with its default OpenMP settings, and for
+each measure with the attention implementation that was faster in the warm-up. This project turns its tokens
+into text and hands each one over as it comes; transformers does neither here.
+
+Not measured: a GPU, a network between the sides, an enclave, masking, several requests at once, loading,
+sampling other than greedy. The prompts are random tokens, since the work does not depend on what they say; of
+the answers only `tokens_in_common` is reported (in float32 that should be all of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from asynctsqp.config import OneLineParser
+from asynctsqp.errors import AsynctsqpError, BadInputError
+from benchmarks import demo_model, machine
+from benchmarks.baseline_table import show
+from benchmarks.cli import Step, engine_options, steps
+from benchmarks.contenders import Answer, Measure, Split, Transformers, random_prompt
+from benchmarks.figures import compare
+from benchmarks.harness import Worker, WorkerFailed, use_cores
+
+DTYPES = ("float32", "bfloat16")
+STEPS = 64  # of decoding
+DECODE = Measure("decode", "ms/token", 64, STEPS + 1, "rest_s", 1e3 / STEPS)
+PREFILL = Measure("prefill", "ms", 1024, 1, "first_s", 1e3)
+MEASURES = (DECODE, PREFILL)
+BEFORE_THE_ROUNDS = 2  # steps of a run: loading, warm-up
+
+Answers = dict[str, list[Answer]]  # by measure, in the order of the rounds
+
+
+def run(model: Path, dtype: str, options: dict[str, Any], rounds: int, step: Step) -> dict[str, Any]:
+    """One dtype, from loading to the figures. options: of the engine."""
+    prompt = random_prompt(model, max(measure.prompt_tokens for measure in MEASURES))
+    with Split.worker() as ours, Transformers.worker() as theirs:
+        step(f"{dtype}: loading")
+        settings = _load(ours, theirs, str(model), dtype, options)
+        split, transformers = Split(ours, prompt), Transformers(theirs, prompt)
+        step(f"{dtype}: warm-up")
+        split.warm_up(MEASURES)
+        transformers.warm_up(MEASURES)
+        mine, other = _take_turns(split, transformers, rounds, lambda text: step(f"{dtype}: {text}"))
+        traffic = _traffic(mine, split.first_token(DECODE))
+        memory = ours.memory() | theirs.memory()
+    return {
+        "settings": settings | {"attention": transformers.attention},
+        "times": {measure.name: _times(measure, mine, other) for measure in MEASURES},
+        "tokens_in_common": _in_common(mine, other),
+        "traffic": traffic,
+        "memory": {
+            "the TEE side": memory["benchmarks.split_worker"],
+            "the GPU side": memory["asynctsqp.gpu"],
+            "transformers": memory["benchmarks.transformers_worker"],
+        },
+    }
+
+
+def _load(ours: Worker, theirs: Worker, model: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Both at once: loading is not measured."""
+    ours.send("load", model=model, dtype=dtype, options=options)
+    theirs.send("load", model=model, dtype=dtype)
+    return {"asynctsqp": ours.receive(), "transformers": theirs.receive()}
+
+
+def _take_turns(split: Split, transformers: Transformers, rounds: int, step: Step) -> tuple[Answers, Answers]:
+    mine: Answers = {measure.name: [] for measure in MEASURES}
+    other: Answers = {measure.name: [] for measure in MEASURES}
+    for number in range(rounds):
+        step(f"round {number + 1}")
+        for measure in MEASURES:
+            mine[measure.name].append(split.run(measure))
+            other[measure.name].append(transformers.run(measure))
+    return mine, other
+
+
+def _times(measure: Measure, mine: Answers, other: Answers) -> dict[str, Any]:
+    ours, theirs = ([measure.value(answer) for answer in answers[measure.name]] for answers in (mine, other))
+    return {"unit": measure.unit, **dataclasses.asdict(compare(ours, theirs))}
+
+
+def _in_common(mine: Answers, other: Answers) -> int:
+    """How many of the decoded tokens are the same, from the first one on."""
+    pairs = zip(mine[DECODE.name][-1]["token_ids"], other[DECODE.name][-1]["token_ids"], strict=True)
+    return next((index for index, (one, another) in enumerate(pairs) if one != another), DECODE.new_tokens)
+
+
+def _traffic(mine: Answers, first_token: Answer) -> dict[str, dict[str, float]]:
+    """Of one decode step and of one prefill. What a step takes is a long answer's total less its first token's."""
+    whole, first = mine[DECODE.name][-1]["rpc"], first_token["rpc"]
+    counts = {
+        DECODE.name: {key: (whole[key] - first[key]) / STEPS for key in ("calls", "bytes_sent", "bytes_received")},
+        PREFILL.name: dict(mine[PREFILL.name][-1]["rpc"]),
+    }
+    shares = {name: statistics.median(answer["wait_share"] for answer in answers) for name, answers in mine.items()}
+    return {name: counts[name] | {"wait_share": shares[name]} for name in counts}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="benchmarks.baseline", description="This project and transformers, side by side.")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint (default: the demo model)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given again (default: both)")
+    parser.add_argument("--threads", type=int, metavar="N", help="cores of each contender (default: all)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(default: 7)")
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="KEY=VALUE", help="an Engine option; may be given again"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = engine_options(arguments.engine)
+    if "dtype" in options:
+        raise BadInputError("use --dtype, which is for both contenders")
+    if arguments.rounds < 1 or (arguments.threads is not None and arguments.threads < 1):
+        raise BadInputError("--rounds and --threads are at least 1")
+    model = arguments.model or demo_model.prepare()
+    settings = {"model": str(model), "rounds": arguments.rounds, "engine": options}
+    use_cores(arguments.threads)
+    described = machine.describe()
+    dtypes = dict.fromkeys(arguments.dtype or DTYPES)
+    with steps(len(dtypes) * (BEFORE_THE_ROUNDS + arguments.rounds)) as step:
+        results = {dtype: run(model, dtype, options, arguments.rounds, step) for dtype in dtypes}
+    return {"benchmark": "baseline", "machine": described, "settings": settings, "results": results}
+
+
+def _print(report: Mapping[str, Any], out: Path | None) -> None:
+    titles = {one.name: f"{one.name} ({one.prompt_tokens}-token prompt), {one.unit}" for one in MEASURES}
+    show(report, titles, Console(width=None if sys.stdout.isatty() else 120))
+    line = json.dumps(report)
+    print(line)
+    if out is not None:
+        out.write_text(line + "\n")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(words)
+    try:
+        _print(_report(arguments), arguments.out)
+    except (AsynctsqpError, WorkerFailed, demo_model.DemoModelError, OSError) as error:
+        print(f"benchmarks.baseline: error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, AsynctsqpError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""What the command lines of benchmarks share: options for the engine, and progress on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from asynctsqp.config import EngineOptions, make
+from asynctsqp.errors import BadInputError
+
+Step = Callable[[str], None]  # what is called as a step begins, with its name
+
+
+def engine_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """'lanes=1' -> Engine's keyword and value. Raises BadInputError."""
+    kinds = {field.name: field.metadata.get("type", str) for field in dataclasses.fields(EngineOptions)}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            options[name] = kinds.get(name, str)(text)
+        except ValueError:
+            raise BadInputError(f"--engine {pair}: {text!r} is no value for {name}") from None
+    make(EngineOptions, options)  # refuses what there is not
+    return options
+
+
+@contextlib.contextmanager
+def steps(total: int) -> Iterator[Step]:
+    """A live bar, gone when the block ends; nothing where standard error is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total, completed=-1)
+        yield lambda text: progress.update(task, advance=1, description=text)

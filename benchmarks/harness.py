@@ -1,0 +1,158 @@
+"""Worker processes that a benchmark drives: started, asked one thing at a time, and really stopped in between.
+
+Each contender of a benchmark is a `Worker`: a process of its own (benchmarks.worker is its other end) that
+lives through the run. It runs only inside `with worker.awake():`; at all other times its whole process tree is
+stopped with SIGSTOP, so that no spinning thread or housekeeping of an idle contender takes a core from the
+other one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+REPLY_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 15.0
+SETTLE_S = 0.05  # after SIGCONT: heartbeats, timers that fell due meanwhile
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended, hung, or could not do what it was asked; the message is one line."""
+
+
+class Worker:
+    """One contender's process. A context manager; asleep from the first `sleep` on, but for `awake` blocks."""
+
+    def __init__(self, name: str, module: str, environment: Mapping[str, str]) -> None:
+        """Starts `python -m module`. environment: added to ours, without OpenMP's variables (see `openmp_free`)."""
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for us, and we end the workers
+            env=openmp_free(os.environ) | dict(environment),
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end(at_once=error is not None)
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Sends one command and waits for its result. Raises WorkerFailed."""
+        self.send(command, **arguments)
+        return self.receive()
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """The first half of `ask`, to have several workers at work at once. Raises WorkerFailed."""
+        pipe = self._process.stdin
+        try:
+            if pipe is not None:
+                pipe.write(json.dumps({"command": command, "arguments": arguments}) + "\n")
+                pipe.flush()
+        except BrokenPipeError:
+            raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}") from None
+
+    def receive(self) -> dict[str, Any]:
+        """The second half of `ask`."""
+        pipe = self._process.stdout
+        if pipe is None or not select.select([pipe], [], [], REPLY_TIMEOUT_S)[0]:
+            raise WorkerFailed(f"{self.name} gave no answer in {REPLY_TIMEOUT_S:.0f} s")
+        line = pipe.readline()
+        if not line:
+            raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerFailed(f"{self.name}: {reply['error']}")
+        result: dict[str, Any] = reply["result"]
+        return result
+
+    def sleep(self) -> None:
+        """Stops the whole tree. To be called while nothing is asked of the worker."""
+        self._signal(signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Lets the tree run for the length of the block."""
+        self._signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
+        try:
+            yield
+        finally:
+            self.sleep()
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """For each process of the tree, by the module that it runs: see `memory_of`."""
+        return {_module(process): memory_of(process.pid) for process in self._tree()}
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            parent = psutil.Process(self._process.pid)
+            return [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            raise WorkerFailed(f"{self.name} ended with code {self._process.wait()}") from None
+
+    def _signal(self, number: signal.Signals) -> None:
+        """All at once, that is, within microseconds: two sides of one connection must not see each other silent."""
+        for pid in [process.pid for process in self._tree()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _end(self, at_once: bool) -> None:
+        """Kills the worker itself at most: a side that it started sees that it is alone, and tidies up."""
+        with contextlib.suppress(WorkerFailed):
+            self._signal(signal.SIGCONT)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(0 if at_once else END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def openmp_free(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what would change a contender's threads behind the benchmark's back."""
+    prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_")
+    return {name: value for name, value in environment.items() if not name.startswith(prefixes)}
+
+
+def use_cores(count: int | None) -> None:
+    """Binds this process, and with it every later worker and its children, to `count` cores (None: all we have).
+
+    This is what makes "the same total threads" true: however many threads a contender starts, it has these cores.
+    """
+    if count is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[:count])
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes of resident memory: the peak so far, and what there is now by kind (shared memory, mapped files, rest)."""
+    names = {"VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file", "RssShmem": "shared"}
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {names[key]: int(words[0]) * 1024 for field, *words in lines if (key := field.rstrip(":")) in names}
+
+
+def _module(process: psutil.Process) -> str:
+    command: list[str] = process.cmdline()
+    return command[command.index("-m") + 1] if "-m" in command[:-1] else "?"

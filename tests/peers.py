@@ -1,0 +1,137 @@
+"""Other ends of the wire, written in plain ZeroMQ: a TEE side that may send anything, a GPU side that lies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from safetensors import safe_open
+
+from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Call, Done, Hello, Welcome, decode_to_gpu, encode
+from asynctsqp.shm import Region
+
+TIMEOUT_MS = 10_000
+ALIVE = 15  # the tag of the message that says nothing
+
+
+def attach(call_id: int, name: str, lanes: int, slot_bytes: int) -> Attach:
+    """The request to map a region, whose calls come through the socket."""
+    off = {"doorbell": False} if "doorbell" in Attach.__struct_fields__ else {}
+    return Attach(call_id, name, lanes, slot_bytes, **off)
+
+
+class RawTee:
+    """A DEALER connected to a GPU side."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(endpoint)
+
+    def send(self, *frames: bytes | msgspec.Struct) -> None:
+        self._socket.send_multipart([frame if isinstance(frame, bytes) else encode(frame) for frame in frames])
+
+    def receive(self, timeout_ms: int = TIMEOUT_MS) -> tuple[list[Any], list[bytes]]:
+        """The next answer, decoded without our own messages: ([tag, fields...], tensor frames)."""
+        while True:
+            assert self._socket.poll(timeout_ms), "no answer came"
+            first, *rest = self._socket.recv_multipart()
+            fields = msgspec.msgpack.decode(first)
+            if fields[0] != ALIVE:
+                return fields, rest
+
+    def ask(self, *frames: bytes | msgspec.Struct) -> tuple[list[Any], list[bytes]]:
+        self.send(*frames)
+        return self.receive()
+
+    def greet(self, model: Path, dtype: str = "float32") -> list[Any]:
+        fingerprint = Checkpoint(model).fingerprint()
+        return self.ask(Hello(0, PROTOCOL_VERSION, fingerprint, dtype, "shielded"))[0]
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+@contextmanager
+def raw_tee(endpoint: str) -> Iterator[RawTee]:
+    peer = RawTee(endpoint)
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+def weight_of(model: Path, name: str) -> torch.Tensor:
+    """A weight of a checkpoint, as the safetensors library reads it."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        return file.get_tensor(name)
+
+
+Answer = Sequence[bytes | msgspec.Struct]
+Lie = Callable[[Any], Iterable[Answer]]
+
+
+class LyingGpu:
+    """A ROUTER that greets and attaches rightly, and answers calls, or whatever `lies` names, with a lie.
+
+    lies: a message's class -> what to send for it: any number of answers, each a list of frames.
+    """
+
+    def __init__(self, lies: dict[type, Lie]) -> None:
+        self._lies = lies
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._socket.poll(50):
+                identity, message, *_ = self._socket.recv_multipart()
+                for answer in self._answers(decode_to_gpu(message)):
+                    if self._stop.is_set():
+                        return
+                    frames = [frame if isinstance(frame, bytes) else encode(frame) for frame in answer]
+                    self._socket.send_multipart([identity, *frames])
+
+    def _answers(self, message: Any) -> Iterable[Answer]:
+        if type(message) in self._lies:
+            return self._lies[type(message)](message)
+        match message:
+            case Hello():
+                return [[Welcome(message.call_id, "cpu")]]
+            case Attach():
+                region = Region.attach(message.name, message.lanes, message.slot_bytes)
+                nonce = region.nonce
+                region.close()
+                return [[Attached(message.call_id, nonce)]]
+            case Call():
+                return [[Done(message.call_id, 0.0)]]
+        raise AssertionError(f"no such message: {message}")
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._socket.close()
+        self._context.term()
+
+
+@contextmanager
+def lying_gpu(lies: dict[type, Lie]) -> Iterator[LyingGpu]:
+    peer = LyingGpu(lies)
+    try:
+        yield peer
+    finally:
+        peer.close()
