@@ -1,30 +1,32 @@
-"""How the two sides share one machine's cores."""
+"""How the two sides share one machine's cores. No torch here: it reads the environment when it is imported."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
-from asynctsqp.config import EngineOptions
-
-ENOUGH = 4  # cores from which one can be given to polling
+FEW = 3  # cores up to which neither side can leave one to the other's polling
 
 
-@dataclass(frozen=True)
-class Cores:
-    """threads: for each side's tensor work, since the sides take turns. may_spin: the TEE side polls for answers."""
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
 
-    threads: int
-    may_spin: bool
 
-    @classmethod
-    def plan(cls, options: EngineOptions) -> Cores:
-        """What the options say, else what fits the cores that this process may use.
+def default_threads() -> int:
+    """For one side's tensor work, since the sides take turns: all cores, or all but one where there are enough."""
+    count = len(cores())
+    return count if count <= FEW else count - 1
 
-        With few cores every one of them is worth more to the product that is waited for than to the waiting: the
-        TEE side sleeps then, and is woken. With more, each side leaves one core to the other's polling.
-        """
-        cores = len(os.sched_getaffinity(0))
-        spare = cores >= ENOUGH
-        threads = options.threads or (cores - 1 if spare else cores)
-        return cls(threads, {"on": True, "off": False, "auto": spare}[options.doorbell])
+
+def openmp(gpu_threads: int | None = None) -> dict[str, str]:
+    """OpenMP's environment (GNU's, which torch's wheels carry) for either side; a user's own setting comes first.
+
+    Idle threads spin for some microseconds, so that a decode step's many short products do not pay a wake-up each,
+    and then sleep: the other side may need the core. gpu_threads: on a GPU side with a thread for each of few cores
+    the threads are bound to them. The TEE side's polling then yields its core to the product's thread there;
+    unbound, the scheduler takes the polled core for taken and runs two of the product's threads on another.
+    """
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    if gpu_threads is not None and gpu_threads == len(cores()) <= FEW:
+        settings["GOMP_CPU_AFFINITY"] = " ".join(map(str, cores()))
+    return settings | os.environ

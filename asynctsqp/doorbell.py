@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import platform
 import threading
 import time
@@ -115,7 +116,7 @@ class Doorbell:
         self._near = True  # was the last message near enough to spin for?
 
     def send(self, message: bytes) -> None:
-        """message: at most MAX_MESSAGE_BYTES. Never waits: the ring has an entry for each call that may be in flight."""
+        """message: at most MAX_MESSAGE_BYTES. Never waits: the ring has an entry for each call in flight."""
         if self._outgoing.push(message):
             self._wake_peer()
 
@@ -124,6 +125,7 @@ class Doorbell:
         start = time.perf_counter()
         while (message := self._incoming.pop()) is None:
             if self._near and self._may_spin() and time.perf_counter() - start < SPIN_S:
+                os.sched_yield()  # who computes what we wait for may be queued behind us on this core
                 await asyncio.sleep(0)
             else:
                 await self._sleep()

@@ -18,7 +18,7 @@ import torch
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions, make
-from asynctsqp.cores import Cores
+from asynctsqp.cores import default_threads
 from asynctsqp.errors import BadInputError, EngineClosed
 from asynctsqp.loop_thread import LoopThread
 from tee_side.local_gpu import LocalGpuSide
@@ -57,10 +57,10 @@ class Engine:
     async def __aenter__(self) -> Engine:
         if self._thread is not None:
             raise EngineClosed("this engine is running already")
-        cores = Cores.plan(self.options)
-        self._thread = LoopThread("asynctsqp", cores.threads)
+        threads = self.options.threads or default_threads()
+        self._thread = LoopThread("asynctsqp", threads)
         try:
-            self._pipeline = await self._thread.run(self._open(cores))
+            self._pipeline = await self._thread.run(self._open(threads))
         except BaseException:
             await self._close()
             raise
@@ -116,10 +116,9 @@ class Engine:
             raise EngineClosed("the engine is not running: use it inside `async with`")
         return self._thread, self._pipeline
 
-    async def _open(self, cores: Cores) -> Pipeline:
+    async def _open(self, threads: int) -> Pipeline:
         checkpoint = await asyncio.to_thread(Checkpoint.find, self._model)
-        endpoint = self._endpoint(checkpoint, cores.threads)
-        return await Pipeline.open(checkpoint, self.options, endpoint, cores.may_spin)
+        return await Pipeline.open(checkpoint, self.options, self._endpoint(checkpoint, threads))
 
     def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:

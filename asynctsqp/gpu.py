@@ -7,8 +7,9 @@ import os
 import sys
 
 from asynctsqp.config import OneLineParser
+from asynctsqp.cores import default_threads, openmp
 from asynctsqp.errors import AsynctsqpError, BadInputError
-from asynctsqp.limits import OPENMP, WIRE_DTYPE_NAMES
+from asynctsqp.limits import WIRE_DTYPE_NAMES
 
 DEFAULT_BIND = "tcp://127.0.0.1:5555"
 
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    os.environ |= OPENMP | os.environ  # read when torch is imported; the user's own settings come first
+    threads = arguments.threads or default_threads()
+    os.environ |= openmp(threads)
     from gpu_side import process  # takes seconds: after the arguments have been checked
 
     process.serve(
@@ -52,7 +54,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.model,
         arguments.device,
         arguments.dtype,
-        arguments.threads,
+        threads,
     )
 
 

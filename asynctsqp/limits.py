@@ -4,9 +4,4 @@ SLOTS = 2  # a lane's double buffer
 MAX_LANES = 64
 SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
 MAX_FRAME_BYTES = 256 << 20  # a peer that sends more in one frame is disconnected before it is buffered
-
-# OpenMP's waiting threads (GNU's, which torch's wheels carry) spin for some microseconds, so that a decode step's
-# many short products do not pay a wake-up each, and then sleep: the other side may need the core.
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-
 WIRE_DTYPE_NAMES = ("float32", "bfloat16", "float16")

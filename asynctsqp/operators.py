@@ -61,4 +61,4 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 
 # The CPU kernel behind scaled_dot_product_attention; called by name because only it returns the log-sum-exp.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -112,10 +112,10 @@ class Connection:
             self._called.set()
         return future
 
-    def use_doorbell(self, region: Region, may_spin: bool) -> None:
+    def use_doorbell(self, region: Region) -> None:
         """From here on calls and their answers go through the region's rings; `close` lets go of the region."""
         outgoing, incoming = Ring(region.call_ring()), Ring(region.answer_ring())
-        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, lambda: may_spin)
+        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, may_spin=lambda: True)
         self._tasks.append(asyncio.create_task(self._listen(self._doorbell)))
 
     async def request(self, call_id: int, message: ToGpu) -> ToTee:

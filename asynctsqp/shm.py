@@ -44,6 +44,7 @@ class Region:
         self.memory = memory
         self.lanes = lanes
         self.slot_bytes = slot_bytes
+        self._rows: dict[tuple[int, int, torch.dtype, int], torch.Tensor] = {}
 
     @classmethod
     def create(cls, name: str | None, lanes: int, slot_bytes: int) -> Region:
@@ -113,11 +114,21 @@ class Region:
 
     def request(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         """The [rows, columns] tensor at the start of a slot's request area: a view."""
-        return view_of(self.memory, dtype, rows, columns, self._offset(lane, slot))
+        return self._view(lane, slot, dtype, rows, columns)
 
     def reply(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         """The [rows, columns] tensor at the start of a slot's reply area: a view."""
-        return view_of(self.memory, dtype, rows, columns, self._offset(lane, SLOTS + slot))
+        return self._view(lane, SLOTS + slot, dtype, rows, columns)
+
+    def _view(self, lane: int, area: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+        """Views of a single row, those of a decode step, are kept: making one takes as long as its product's call."""
+        key = (lane, area, dtype, columns)
+        if rows == 1 and key in self._rows:
+            return self._rows[key]
+        view = view_of(self.memory, dtype, rows, columns, self._offset(lane, area))
+        if rows == 1:
+            self._rows[key] = view
+        return view
 
     def whole(self) -> torch.Tensor:
         """All of it as bytes, for registering with a device: a view."""
@@ -127,7 +138,8 @@ class Region:
         return HEADER_BYTES + (lane * 2 * SLOTS + area) * self.slot_bytes
 
     def close(self) -> None:
-        """Unmaps. Raises BufferError while a view is alive."""
+        """Unmaps. Raises BufferError while somebody else's view is alive."""
+        self._rows.clear()
         self.memory.close()
 
 

@@ -8,8 +8,8 @@ import os
 import sys
 
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
+from asynctsqp.cores import openmp
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError
-from asynctsqp.limits import OPENMP
 
 INTERRUPTED = 130
 
@@ -57,7 +57,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    os.environ |= OPENMP | os.environ  # read when torch is imported; the user's own settings come first
+    os.environ |= openmp()
     from asynctsqp import command  # takes seconds: after the arguments have been checked
 
     asyncio.run(command.run(arguments))

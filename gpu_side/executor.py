@@ -26,6 +26,9 @@ class Executor(Protocol):
     device: torch.device
     busy: int  # products that are computed now, by threads that need the cores which a polling loop would take
 
+    def inline(self, rows: int) -> bool:
+        """Whether `run` computes a product of so many rows there and then, so that a task for it is waste."""
+
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
         """out = x W^T (+ bias); returns the seconds that it took. Calls of one lane run in order."""
 
@@ -44,8 +47,11 @@ class CpuExecutor:
         self.busy = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="product")
 
+    def inline(self, rows: int) -> bool:
+        return rows <= DECODE_ROWS
+
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
-        if len(x) <= DECODE_ROWS:
+        if self.inline(len(x)):
             return _timed_product(linear, x, out)
         self.busy += 1
         try:
@@ -67,6 +73,9 @@ class CudaExecutor:
         self.device = device
         self.busy = 0
         self._streams: dict[object, torch.cuda.Stream] = {}
+
+    def inline(self, rows: int) -> bool:
+        return False
 
     async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
         stream = self._stream(lane)

@@ -27,15 +27,14 @@ from gpu_side import executor
 from gpu_side.server import Server
 
 
-def serve(bind: str | None, model: str, device: str, dtype: str | None, threads: int | None) -> None:
+def serve(bind: str | None, model: str, device: str, dtype: str | None, threads: int) -> None:
     """Runs until SIGINT or SIGTERM.
 
     bind: an endpoint, or None for a private one that is served until standard input closes: then the process
     belongs to the TEE side that started it. Raises BadInputError for anything that keeps it from starting.
     """
     logging.basicConfig(level=logging.WARNING, format="asynctsqp.gpu: %(message)s")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     with _private_endpoint() if bind is None else contextlib.nullcontext(bind) as endpoint:
         uvloop.run(_until_stopped(endpoint, model, device, dtype, owned=bind is None))
 

@@ -119,7 +119,7 @@ class Server:
                 case Attach(), Client():
                     answer = client.attach(message)
                     if client.doorbell is not None:
-                        client.listener = self._start(self._listen(identity, client.doorbell))
+                        client.listener = self._start(self._listen(identity, client, client.doorbell))
                 case Call(), Client():
                     answer, tensor = await client.serve(message, payload)
                 case Wake(), Client():
@@ -133,7 +133,7 @@ class Server:
             answer = Refused(message.call_id, f"the GPU side failed: {_short(error)}", bad_input=False)
         await reply(answer, tensor)
 
-    async def _listen(self, identity: bytes, doorbell: Doorbell) -> None:
+    async def _listen(self, identity: bytes, client: Client, doorbell: Doorbell) -> None:
         """Serves one client's doorbell until the client is forgotten, or breaks it."""
 
         async def reply(answer: ToTee, tensor: memoryview | None = None) -> None:
@@ -144,7 +144,10 @@ class Server:
                 message = decode_to_gpu(await doorbell.receive())
                 if not isinstance(message, Call):
                     raise ProtocolError("only calls go through a doorbell")
-                self._handle(identity, message, None, reply)
+                if self._executor.inline(message.rows):
+                    await self._answer(identity, client, message, None, reply)
+                else:
+                    self._handle(identity, message, None, reply)
         except (msgspec.DecodeError, ProtocolError) as error:
             log.warning("a client broke its doorbell: %s", error)
             self._forget(identity)

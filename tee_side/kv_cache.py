@@ -5,8 +5,8 @@ never wait for each other), but blocks are allocated only as it grows. A block i
 attention runs over each block in place and merges the parts (operators.merge). Blocks double in size up to
 MAX_BLOCK_TOKENS, so that a long sequence has few of them; a prompt always lies in one.
 
-    block 0: prompt, rounded up      block 1       block 2
-    [k k k k k k k k k k . ]         [k k k k ]    [k k . . . . . . ]      . = room for the next tokens
+    block 0: prompt, first of the answer   block 1       block 2
+    [k k k k k k k k k k k k k k ]         [k k k k ]    [k k . . . . . . ]      . = room for the next tokens
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from asynctsqp.model_spec import ModelSpec
 
 BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 1024
+ANSWER_TOKENS = 256  # of the answer, that lie beside the prompt: a short answer never has a second block
 
 
 class KVMemory:
@@ -105,7 +106,7 @@ class KVCache:
 
     def __init__(self, spec: ModelSpec, prompt_tokens: int, tokens: int) -> None:
         self._spec = spec
-        self._first = prompt_tokens
+        self._first = min(prompt_tokens + ANSWER_TOKENS, tokens)
         self._room = _round_up(tokens)
         self._blocks: list[_Block] = []
         self.length = 0

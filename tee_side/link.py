@@ -41,16 +41,13 @@ class Session:
 class Link:
     """Holds the current session. Make it with `open`, end it with `close`."""
 
-    def __init__(
-        self, endpoint: Endpoint, hello: Hello, options: EngineOptions, lanes: int, slot_bytes: int, may_spin: bool
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, lanes: int, slot_bytes: int) -> None:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
         self._lanes = lanes
         self._slot_bytes = slot_bytes
         self._doorbell = options.doorbell != "off" and doorbell.supported()
-        self._may_spin = may_spin
         self._recovery = asyncio.Lock()
         self.session: Session
 
@@ -62,14 +59,13 @@ class Link:
         options: EngineOptions,
         lanes: int,
         slot_bytes: int,
-        may_spin: bool,
     ) -> Link:
         """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves).
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
         hello = Hello(0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition)
-        link = cls(endpoint, hello, options, lanes, slot_bytes, may_spin)
+        link = cls(endpoint, hello, options, lanes, slot_bytes)
         link.session = await link._connect_within(options.reconnect_s)
         return link
 
@@ -122,7 +118,7 @@ class Link:
             region = await self._share(connection)
             if region is not None:
                 if self._doorbell:
-                    connection.use_doorbell(region, self._may_spin)
+                    connection.use_doorbell(region)
                 return SharedMemoryCarrier(region, dtype)
             if transport == "shm":
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")

@@ -51,10 +51,10 @@ class Pipeline:
         self.load_s = 0.0
 
     @classmethod
-    async def open(cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint, may_spin: bool) -> Pipeline:
+    async def open(cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint) -> Pipeline:
         start = time.perf_counter()
         lanes = options.lanes or DEFAULT_LANES
-        link = await Link.open(endpoint, checkpoint, options, lanes, slot_bytes(checkpoint.spec, options), may_spin)
+        link = await Link.open(endpoint, checkpoint, options, lanes, slot_bytes(checkpoint.spec, options))
         try:
             pipeline = cls(checkpoint, options, link, Lanes(lanes))
         except BaseException:
