@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": 49152,  # the demo model's tokenizer is used for all
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -48,11 +48,15 @@ TINY: dict[str, dict[str, Any]] = {
 def save_tiny(directory: Path, name: str, tokenizer_from: Path, shard_size: str = "5GB") -> Path:
     """A model of TINY with weights large enough that its tokens vary; deterministic."""
     torch.manual_seed(sum(name.encode()))
-    model = LlamaForCausalLM(LlamaConfig(**(_BASE | TINY[name])))
+    model = LlamaForCausalLM(LlamaConfig(**(BASE | TINY[name])))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.15) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory, max_shard_size=shard_size)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer_from / file, directory / file)
+    copy_tokenizer(tokenizer_from, directory)
     return directory
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / file, directory / file)
