@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from asynctsqp.errors import CheckpointError
+from asynctsqp.errors import CheckpointError, one_line
 from asynctsqp.model_spec import ModelSpec
 from asynctsqp.tensor_codec import FILE_DTYPES, bytes_of
 
@@ -136,8 +136,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # the library's errors have no common base below Exception
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"cannot fetch {hub_id!r} from the model hub: {reason}") from None
+        raise CheckpointError(f"cannot fetch {hub_id!r} from the model hub: {one_line(error)}") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -9,14 +9,12 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from asynctsqp.chat import chat
 from asynctsqp.engine import Engine
-from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.summary import summary
 from tee_side.request import Completion, Piece, Progress
 
@@ -26,14 +24,14 @@ async def run(arguments: argparse.Namespace) -> None:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    prompt = None if arguments.interactive else _prompt(arguments)
     if arguments.options.protect == "none":
         print("asynctsqp.tee: warning: --protect none: the GPU side can read the activations", file=sys.stderr)
     sampling = dataclasses.asdict(arguments.sampling)
     async with _engine(arguments) as engine:
-        if prompt is None:
+        if arguments.text is None:
             await chat(engine, sampling)
         else:
+            prompt = [{"role": "user", "content": arguments.text}] if arguments.chat else arguments.text
             await _answer(engine, prompt, sampling, arguments.json)
 
 
@@ -42,23 +40,6 @@ def _engine(arguments: argparse.Namespace) -> Engine:
     if arguments.gpu is None:
         return Engine.launch(arguments.model, **options)
     return Engine.connect(arguments.model, arguments.gpu, **options)
-
-
-def _prompt(arguments: argparse.Namespace) -> str | list[dict[str, str]]:
-    text = _text(arguments)
-    if not text:
-        raise PromptError("the prompt is empty")
-    return [{"role": "user", "content": text}] if arguments.chat else text
-
-
-def _text(arguments: argparse.Namespace) -> str:
-    if arguments.prompt is not None:
-        return str(arguments.prompt)
-    try:
-        return sys.stdin.read() if arguments.prompt_file is None else Path(arguments.prompt_file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        source = arguments.prompt_file or "standard input"
-        raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
 
 
 async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:

@@ -87,3 +87,9 @@ class IntegrityError(AsynctsqpError):
 
 class EngineClosed(AsynctsqpError):
     """The engine is not running."""
+
+
+def one_line(reason: object, limit: int = 300) -> str:
+    """Somebody else's message as part of ours: one line of printable ASCII, of bounded length."""
+    words = " ".join(str(reason)[: 4 * limit].split())
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in words)[:limit]

@@ -22,6 +22,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from asynctsqp.errors import ProtocolError
+
 PROTOCOL_VERSION = 1
 MAX_FRAMES = 2  # a message and at most one tensor
 NONCE_BYTES = 32
@@ -91,5 +93,23 @@ ToGpu: TypeAlias = Hello | Attach | Call | Wake
 ToTee: TypeAlias = Welcome | Attached | Done | Refused | Alive | Wake
 
 encode = msgspec.msgpack.Encoder().encode
-decode_to_gpu = msgspec.msgpack.Decoder(ToGpu).decode
-decode_to_tee = msgspec.msgpack.Decoder(ToTee).decode
+_to_gpu = msgspec.msgpack.Decoder(ToGpu)
+_to_tee = msgspec.msgpack.Decoder(ToTee)
+
+
+def decode_to_gpu(data: bytes | memoryview) -> ToGpu:
+    """Raises ProtocolError for anything else than one whole message for the GPU side."""
+    try:
+        message: ToGpu = _to_gpu.decode(data)
+        return message
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a request: {error}") from None
+
+
+def decode_to_tee(data: bytes | memoryview) -> ToTee:
+    """Raises ProtocolError for anything else than one whole message for the TEE side."""
+    try:
+        message: ToTee = _to_tee.decode(data)
+        return message
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not an answer: {error}") from None

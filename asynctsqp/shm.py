@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import secrets
 
 import posix_ipc
@@ -32,6 +33,8 @@ from asynctsqp.limits import MAX_LANES, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.messages import NONCE_BYTES
 from asynctsqp.tensor_codec import view_of
 
+# posix_ipc hands a name to C as it is, and crashes on some (a zero byte, for one)
+NAME = re.compile(r"/[A-Za-z0-9._-]{1,200}")
 NONCE_AREA_BYTES = 64
 HEADER_BYTES = -(-(NONCE_AREA_BYTES + 2 * RING_BYTES) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
@@ -54,6 +57,8 @@ class Region:
         Raises SharedMemoryError where the name is taken or /dev/shm has no room.
         """
         name = name or f"/asynctsqp-{secrets.token_hex(8)}"
+        if not NAME.fullmatch(name):
+            raise SharedMemoryError(f"{name!r} is no name for shared memory: a slash, then letters, digits, . _ or -")
         size = _region_bytes(lanes, slot_bytes)
         try:
             shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
@@ -81,6 +86,8 @@ class Region:
         """Maps a region that the other side made. Raises SharedMemoryError if it is not there or too small."""
         if not (1 <= lanes <= MAX_LANES and slot_bytes > 0 and slot_bytes % SLOT_ALIGNMENT == 0):
             raise SharedMemoryError("the region's lanes or slot size make no sense")
+        if not NAME.fullmatch(name):
+            raise SharedMemoryError("that is no name for shared memory")
         size = _region_bytes(lanes, slot_bytes)
         try:
             shared = posix_ipc.SharedMemory(name)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
+from pathlib import Path
 
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
 from asynctsqp.cores import openmp
-from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError
+from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
 
 INTERRUPTED = 130
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends us in order, as Ctrl-C does
     try:
         arguments = _parser().parse_args()
         _check(arguments)
@@ -54,6 +57,24 @@ def _check(arguments: argparse.Namespace) -> None:
     arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and sys.stdin.isatty()
     if arguments.interactive and arguments.json:
         raise BadInputError("--json needs a prompt: give --prompt or --prompt-file")
+    arguments.text = None if arguments.interactive else _text(arguments)
+
+
+def _text(arguments: argparse.Namespace) -> str:
+    """The prompt; standard input is read here, before an event loop could keep Ctrl-C from ending the wait."""
+    try:
+        if arguments.prompt is not None:
+            text = str(arguments.prompt)
+        elif arguments.prompt_file is not None:
+            text = Path(arguments.prompt_file).read_text("utf-8")
+        else:
+            text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        source = arguments.prompt_file or "standard input"
+        raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
+    if not text:
+        raise PromptError("the prompt is empty")
+    return text
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -64,4 +85,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a thread may still wait for a line of standard input

@@ -30,7 +30,7 @@ def show(report: Mapping[str, Any], titles: Mapping[str, str], console: Console)
 
 def _times(results: Results, titles: Mapping[str, str]) -> Table:
     table = Table("dtype", "medians of", title="this project against transformers", title_justify="left")
-    for heading in ("asynctsqp", "transformers", "ratio", "interval of the ratio"):
+    for heading in ("asynctsqp", "transformers", "ratio", "interval of the ratio", "quiet pairs"):
         table.add_column(heading, justify="right")
     for dtype, result in results.items():
         for name, title in titles.items():
@@ -41,7 +41,13 @@ def _times(results: Results, titles: Mapping[str, str]) -> Table:
 def _row(times: Mapping[str, Any]) -> tuple[str, ...]:
     interval = times["interval"]
     span = f"{interval['low']:.2f} to {interval['high']:.2f} ({100 * interval['confidence']:.0f} %)"
-    return f"{times['ours_median']:.1f}", f"{times['theirs_median']:.1f}", f"{times['ratio']:.2f}", span
+    return f"{times['ours_median']:.1f}", f"{times['theirs_median']:.1f}", f"{times['ratio']:.2f}", span, _pairs(times)
+
+
+def _pairs(times: Mapping[str, Any]) -> str:
+    used, taken = sum(sample["used"] for sample in times["samples"]), len(times["samples"])
+    quiet = sum(sample["quiet"] for sample in times["samples"])
+    return f"{quiet} of {taken}" if used == quiet else f"{quiet} of {taken}: DISTURBED"
 
 
 def _costs(results: Results) -> Table:

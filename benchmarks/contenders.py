@@ -53,21 +53,18 @@ class Split:
         return Worker("asynctsqp", "benchmarks.split_worker", {"OMP_WAIT_POLICY": "PASSIVE"})
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
-        with self._worker.awake():
-            for measure in measures:
-                self._ask(measure, measure.new_tokens)
+        for measure in measures:
+            self.run(measure)
 
     def run(self, measure: Measure) -> Answer:
-        with self._worker.awake():
-            return self._ask(measure, measure.new_tokens)
+        return self._worker.measure("answer", **self._question(measure, measure.new_tokens))
 
     def first_token(self, measure: Measure) -> Answer:
         """The same prompt, answered by one token: what is to be taken off a longer answer's calls and bytes."""
-        with self._worker.awake():
-            return self._ask(measure, 1)
+        return self._worker.measure("answer", **self._question(measure, 1))
 
-    def _ask(self, measure: Measure, new_tokens: int) -> Answer:
-        return self._worker.ask("answer", tokens=self._prompt[: measure.prompt_tokens], new_tokens=new_tokens)
+    def _question(self, measure: Measure, new_tokens: int) -> dict[str, Any]:
+        return {"tokens": self._prompt[: measure.prompt_tokens], "new_tokens": new_tokens}
 
 
 class Transformers:
@@ -87,21 +84,16 @@ class Transformers:
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
         """Each kind of attention twice: the first run is cold, and the better one counts."""
-        with self._worker.awake():
-            for measure in measures:
-                best = {kind: min(self._value(measure, kind) for _ in range(2)) for kind in self.KINDS}
-                self.attention[measure.name] = min(best, key=best.__getitem__)
+        for measure in measures:
+            best = {kind: min(measure.value(self._ask(measure, kind)) for _ in range(2)) for kind in self.KINDS}
+            self.attention[measure.name] = min(best, key=best.__getitem__)
 
     def run(self, measure: Measure) -> Answer:
-        with self._worker.awake():
-            return self._ask(measure, self.attention[measure.name])
-
-    def _value(self, measure: Measure, attention: str) -> float:
-        return measure.value(self._ask(measure, attention))
+        return self._ask(measure, self.attention[measure.name])
 
     def _ask(self, measure: Measure, attention: str) -> Answer:
         tokens = self._prompt[: measure.prompt_tokens]
-        return self._worker.ask("answer", tokens=tokens, new_tokens=measure.new_tokens, attention=attention)
+        return self._worker.measure("answer", tokens=tokens, new_tokens=measure.new_tokens, attention=attention)
 
 
 def random_prompt(model: Path, tokens: int) -> list[int]:

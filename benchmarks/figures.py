@@ -21,10 +21,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples of two contenders, taken in pairs, one after the other."""
+    """Two contenders, from samples taken in pairs, one after the other."""
 
-    ours: list[float]
-    theirs: list[float]
     ours_median: float
     theirs_median: float
     ratio: float  # of the medians: below 1 means that ours is smaller
@@ -32,10 +30,10 @@ class Comparison:
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
-    """Samples of the same round must stand at the same place in both."""
+    """The two samples of a pair must stand at the same place."""
     first, second = statistics.median(ours), statistics.median(theirs)
     pairs = [one / other for one, other in zip(ours, theirs, strict=True)]
-    return Comparison(list(ours), list(theirs), first, second, first / second, sign_interval(pairs))
+    return Comparison(first, second, first / second, sign_interval(pairs))
 
 
 def sign_interval(samples: Sequence[float]) -> Interval:

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,9 @@ import psutil
 REPLY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 15.0
 SETTLE_S = 0.05  # after SIGCONT: heartbeats, timers that fell due meanwhile
+QUIET = 0.05  # of the cores' time, for others: above it, what is measured is disturbed
+PATIENCE_S = 10.0  # how long to wait for that
+LOOK_S = 0.2
 
 
 class WorkerFailed(RuntimeError):
@@ -98,6 +101,17 @@ class Worker:
         finally:
             self.sleep()
 
+    def measure(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """`ask`, awake for just that, once the machine is quiet or patience ends.
+
+        `others_share` in the result: of the time of our cores, what others took meanwhile.
+        """
+        _wait_for_quiet()
+        with self.awake():
+            others = _Others(self._tree())
+            result = self.ask(command, **arguments)
+            return result | {"others_share": others.share()}
+
     def memory(self) -> dict[str, dict[str, int]]:
         """For each process of the tree, by the module that it runs: see `memory_of`."""
         return {_module(process): memory_of(process.pid) for process in self._tree()}
@@ -128,6 +142,38 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class _Others:
+    """How much of our cores' time goes, from now on, to other processes than these, the hypervisor's included.
+
+    A disturbed sample says little: threads that wait for each other by spinning lose many times the time taken.
+    """
+
+    def __init__(self, processes: Sequence[psutil.Process]) -> None:
+        self._processes = processes
+        self._start = time.perf_counter()
+        self._taken_s = self._taken()
+
+    def share(self) -> float:
+        cores_s = (time.perf_counter() - self._start) * len(os.sched_getaffinity(0))
+        return float(max(0.0, self._taken() - self._taken_s) / cores_s)
+
+    def _taken(self) -> float:
+        """Seconds since some start, in the kernel's ticks."""
+        cores = psutil.cpu_times(percpu=True)
+        busy = sum(sum(cores[core]) - cores[core].idle - cores[core].iowait for core in os.sched_getaffinity(0))
+        own = sum(sum(process.cpu_times()[:2]) for process in self._processes)
+        return float(busy - own)
+
+
+def _wait_for_quiet() -> None:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        others = _Others(())
+        time.sleep(LOOK_S)
+        if others.share() <= QUIET:
+            return
 
 
 def openmp_free(environment: Mapping[str, str]) -> dict[str, str]:

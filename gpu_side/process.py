@@ -58,8 +58,8 @@ async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | No
 async def _load_and_serve(endpoint: str, model: str, device: str, dtype: str | None) -> None:
     context = zmq.asyncio.Context()
     try:
-        with server_socket(context) as socket:
-            _bind(socket, endpoint)  # before the long load: a port in use is known at once
+        # bound before the long load: a port in use is known at once
+        with server_socket(context) as socket, _bound(socket, endpoint):
             chosen = executor.choose(device)
             checkpoint = await asyncio.to_thread(Checkpoint.find, model)
             server = Server(socket, checkpoint, chosen, dtype)
@@ -72,6 +72,16 @@ async def _announce(server: Server, socket: zmq.asyncio.Socket, dtype: str | Non
     if dtype:
         await server.weights(dtype)
     print("listening", socket.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
+
+
+@contextlib.contextmanager
+def _bound(socket: zmq.asyncio.Socket, endpoint: str) -> Iterator[None]:
+    _bind(socket, endpoint)
+    try:
+        yield
+    finally:
+        if endpoint.startswith("ipc://"):
+            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _bind(socket: zmq.asyncio.Socket, endpoint: str) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 
 from asynctsqp.checkpoint import Checkpoint, short
 from asynctsqp.doorbell import Doorbell
-from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused, ProtocolError
+from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused, ProtocolError, one_line
 from asynctsqp.messages import (
     MAX_FRAMES,
     PROTOCOL_VERSION,
@@ -35,6 +34,7 @@ from gpu_side.client import MAX_CALLS, Client
 from gpu_side.executor import Executor
 from gpu_side.weights import Weights
 
+REASON_CHARACTERS = 180  # of a refusal: fits a doorbell's entry
 PROBE_S = 1.0  # how often each client is tried; one that is gone is forgotten at the next try
 
 # how an answer, and the tensor that goes with it, gets back to who asked
@@ -69,6 +69,7 @@ class Server:
             while True:
                 frames = await self._socket.recv_multipart(copy=False)
                 self._dispatch(frames[0].bytes, [frame.buffer for frame in frames[1:]])
+                await asyncio.sleep(0)  # a client that floods us must not keep the others' answers waiting
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -88,8 +89,8 @@ class Server:
             if not 1 <= len(frames) <= MAX_FRAMES:
                 raise CallRefused(f"a request is a message and at most one tensor, not {len(frames)} frames")
             message = decode_to_gpu(frames[0])
-        except (msgspec.DecodeError, CallRefused) as error:
-            self._start(self._send(identity, Refused(0, f"not a request of this protocol: {error}", bad_input=True)))
+        except AsynctsqpError as error:
+            self._start(self._send(identity, Refused(0, one_line(error, REASON_CHARACTERS), bad_input=True)))
             return
         payload = frames[1] if len(frames) == MAX_FRAMES else None
         self._handle(identity, message, payload, partial(self._send, identity))
@@ -127,10 +128,12 @@ class Server:
                         client.doorbell.wake()
                     return
         except AsynctsqpError as error:
-            answer = Refused(message.call_id, _short(error), bad_input=error.exit_code == 2)
+            answer = Refused(message.call_id, one_line(error, REASON_CHARACTERS), bad_input=error.exit_code == 2)
         except (RuntimeError, OSError) as error:  # out of memory, a failed kernel, a file that went away
-            log.warning("a call failed: %s", _short(error))
-            answer = Refused(message.call_id, f"the GPU side failed: {_short(error)}", bad_input=False)
+            log.warning("a call failed: %s", one_line(error, REASON_CHARACTERS))
+            answer = Refused(
+                message.call_id, f"the GPU side failed: {one_line(error, REASON_CHARACTERS)}", bad_input=False
+            )
         await reply(answer, tensor)
 
     async def _listen(self, identity: bytes, client: Client, doorbell: Doorbell) -> None:
@@ -148,7 +151,7 @@ class Server:
                     await self._answer(identity, client, message, None, reply)
                 else:
                     self._handle(identity, message, None, reply)
-        except (msgspec.DecodeError, ProtocolError) as error:
+        except ProtocolError as error:
             log.warning("a client broke its doorbell: %s", error)
             self._forget(identity)
 
@@ -208,8 +211,3 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _short(error: Exception) -> str:
-    """One line of plain characters that fits a doorbell's entry."""
-    return " ".join(str(error).split()).encode("ascii", "replace")[:180].decode()

@@ -11,7 +11,7 @@ import torch
 from asynctsqp import doorbell
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
-from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError
+from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError, one_line
 from asynctsqp.limits import MAX_FRAME_BYTES
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
 from asynctsqp.rpc import Connection
@@ -106,10 +106,10 @@ class Link:
     async def _greet(self, connection: Connection) -> str:
         answer = await connection.request(0, self._hello)
         if isinstance(answer, Refused):
-            raise (HandshakeRefused(answer.reason[:300]) if answer.bad_input else GpuSideLost(answer.reason[:300]))
+            raise (HandshakeRefused if answer.bad_input else GpuSideLost)(one_line(answer.reason))
         if not isinstance(answer, Welcome):
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
-        return answer.device[:50]
+        return one_line(answer.device, 50)
 
     async def _carrier(self, connection: Connection) -> Carrier:
         dtype = WIRE_DTYPES[self._options.dtype]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asynctsqp.errors import CallRefused, GpuSideLost, ProtocolError
+from asynctsqp.errors import CallRefused, GpuSideLost, ProtocolError, one_line
 from asynctsqp.limits import SLOTS
 from asynctsqp.messages import Call, Done, Refused
 from asynctsqp.model_spec import ModelSpec, Op
@@ -83,7 +83,7 @@ class Offload:
         answer, payload = await block.reply
         self._totals.wait_s += time.perf_counter() - start
         if isinstance(answer, Refused):
-            raise CallRefused(f"the GPU side refused a call: {answer.reason[:200]!r}")
+            raise CallRefused(f"the GPU side refused a call: {one_line(answer.reason)}")
         if not isinstance(answer, Done):
             raise ProtocolError("the GPU side answered a call with another kind of message")
         session.carrier.take(self._lane.index, block.slot, payload, out[block.rows])

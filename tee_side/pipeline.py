@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
-from asynctsqp.errors import BadInputError, PromptError
+from asynctsqp.errors import BadInputError, PromptError, ProtocolError
 from asynctsqp.limits import SLOT_ALIGNMENT
 from asynctsqp.model_spec import ModelSpec
 from asynctsqp.tensor_codec import WIRE_DTYPES
@@ -111,6 +111,8 @@ class Pipeline:
         for index in range(most):
             start = time.perf_counter()
             scores = await self._forward(new, sequence, progress.rpc, last_only=True)
+            if not scores.isfinite().all():
+                raise ProtocolError("the scores are not finite: the GPU side is broken, or float16 overflowed")
             token = sampler.choose(scores[0], seen)
             spent = time.perf_counter() - start
             progress.completion_tokens += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from asynctsqp.errors import BadInputError, CheckpointError, PromptError
+from asynctsqp.errors import BadInputError, CheckpointError, PromptError, one_line
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -24,8 +24,7 @@ class Tokenizer:
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         except Exception as error:  # whatever its many formats raise
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{directory} has no tokenizer that can be read: {reason}") from None
+            raise CheckpointError(f"{directory} has no tokenizer that can be read: {one_line(error)}") from None
         self._vocab_size = vocab_size
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -61,7 +60,7 @@ class Tokenizer:
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja's, raised by the template itself
-            raise PromptError(f"the chat template refuses these messages: {str(error).splitlines()[0]}") from None
+            raise PromptError(f"the chat template refuses these messages: {one_line(error)}") from None
         return list(self._tokenizer.encode(str(text), add_special_tokens=False))
 
 

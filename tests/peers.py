@@ -23,8 +23,7 @@ ALIVE = 15  # the tag of the message that says nothing
 
 def attach(call_id: int, name: str, lanes: int, slot_bytes: int) -> Attach:
     """The request to map a region, whose calls come through the socket."""
-    off = {"doorbell": False} if "doorbell" in Attach.__struct_fields__ else {}
-    return Attach(call_id, name, lanes, slot_bytes, **off)
+    return Attach(call_id, name, lanes, slot_bytes, doorbell=False)
 
 
 class RawTee:

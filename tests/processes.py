@@ -67,8 +67,9 @@ class TeeProcess:
         os.kill(self.pid, number)
 
     def end(self, timeout_s: float = 60) -> Ended:
-        """Waits for it."""
-        out, err = self.process.communicate(timeout=timeout_s)
+        """Waits for it, with its standard input still open; it says less than a pipe holds."""
+        self.process.wait(timeout_s)
+        out, err = self.process.communicate()
         return Ended(self.process.returncode, out.decode(), err.decode())
 
     def close(self) -> None:

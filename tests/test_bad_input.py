@@ -1,0 +1,266 @@
+"""Whatever is wrong with the arguments: one line, exit code 2, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from tests.conftest import GpuProcess
+from tests.processes import ROOT, Ended, assert_one_error, run_gpu, run_tee, shared_memory_names, tee_process
+
+PROMPT = ("--prompt", "Once upon a time", "--max-new-tokens", "2", "--temperature", "0")
+
+NOT_BUILT: list[tuple[str, ...]] = [
+    *(("--partition", value) for value in ("per-op", "batched", "fused", "fused-layer")),
+    ("--transport", "msgpack"),
+    *(("--compress", value) for value in ("lz4", "zstd")),
+    *(("--protect", value) for value in ("mask", "verify", "full")),
+    ("--weight-bits", "12"),
+    ("--mask-memory", "1G"),
+    ("--mask-peer", "tcp://127.0.0.1:1"),
+    ("--mask-peer-key", "key"),
+    ("--enclave",),
+    ("--stats",),
+    ("--log-rpc", "calls.jsonl"),
+    ("--trace", "trace.json"),
+    ("--serve", "127.0.0.1:8000"),
+]
+
+NONSENSE: list[tuple[str, ...]] = [
+    ("--lanes", "0"),
+    ("--lanes", "-1"),
+    ("--lanes", "65"),
+    ("--lanes", "two"),
+    ("--top-p", "0"),
+    ("--top-p", "2"),
+    ("--top-p", "nan"),
+    ("--top-k", "-1"),
+    ("--top-k", "1.5"),
+    ("--temperature", "-1"),
+    ("--temperature", "nan"),
+    ("--temperature", "inf"),
+    ("--temperature", "warm"),
+    ("--max-new-tokens", "0"),
+    ("--max-new-tokens", "-5"),
+    ("--seed", "99999999999999999999999"),
+    ("--seed", "x"),
+    ("--stop", ""),
+    ("--chunk-tokens", "0"),
+    ("--slot-bytes", "0"),
+    ("--slot-bytes", "5000"),
+    ("--slot-bytes", "16Q"),
+    ("--slot-bytes", "-4096"),
+    ("--kv-memory", "0"),
+    ("--kv-memory", "much"),
+    ("--reconnect-s", "-1"),
+    ("--reconnect-s", "nan"),
+    ("--threads", "0"),
+    ("--threads", "99999999"),
+    ("--dtype", "int8"),
+    ("--partition", "none"),
+    ("--weight-bits", "9"),
+    ("--no-such-flag",),
+    ("--prompt", "a", "--prompt-file", "b"),
+    ("--shm-name", "a/b"),
+    ("--shm-name", "/" + "a" * 300),
+    ("--shm-name", "/name", "--transport", "binary"),
+    ("--gpu", ""),
+    ("--gpu", "127.0.0.1:5555"),
+    ("--gpu", "http://127.0.0.1:5555"),
+    ("--gpu", "inproc://gpu"),
+    ("--gpu", "tcp://127.0.0.1"),
+    ("--gpu", "tcp://127.0.0.1:port"),
+    ("--gpu", "tcp://127.0.0.1:99999"),
+    ("--gpu", "ipc://" + "a" * 200),
+]
+
+
+@pytest.mark.parametrize("flags", [*NOT_BUILT, *NONSENSE], ids=lambda flags: " ".join(flags)[:40])
+def test_a_flag_that_cannot_be_met(flags: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:
+    prompt = () if "--prompt" in flags else PROMPT[:2]
+    assert_one_error(run_tee("--model", str(tiny_model("gqa")), *prompt, *flags), 2)
+
+
+@pytest.mark.parametrize("flags", NOT_BUILT, ids=" ".join)
+def test_what_is_not_built_yet_is_named(flags: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:
+    assert_one_error(run_tee("--model", str(tiny_model("gqa")), *PROMPT, *flags), 2, *flags[:1], "not built yet")
+
+
+def test_no_model_is_told_in_one_line() -> None:
+    assert_one_error(run_tee(*PROMPT), 2, "--model")
+    assert_one_error(run_gpu(), 2, "--model", program="asynctsqp.gpu")
+
+
+@pytest.fixture
+def prompt_files(tmp_path: Path) -> dict[str, tuple[str, ...]]:
+    (tmp_path / "empty").touch()
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    return {
+        "an empty argument": ("--prompt", ""),
+        "an empty argument in a chat": ("--chat", "--prompt", ""),
+        "an empty file": ("--prompt-file", str(tmp_path / "empty")),
+        "no file": ("--prompt-file", str(tmp_path / "missing")),
+        "a directory": ("--prompt-file", str(tmp_path)),
+        "a file in another encoding": ("--prompt-file", str(tmp_path / "latin")),
+        "empty standard input": (),
+        "an argument that is no text": ("--prompt", "caf\udce9"),
+    }
+
+
+NAMES = (
+    "an empty argument",
+    "an empty argument in a chat",
+    "an empty file",
+    "no file",
+    "a directory",
+    "a file in another encoding",
+    "empty standard input",
+    "an argument that is no text",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_cannot_be_read(
+    name: str, prompt_files: dict[str, tuple[str, ...]], tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]
+) -> None:
+    flags = ("--model", str(tiny_model("gqa")), "--gpu", tiny_gpu.endpoint)
+    assert_one_error(run_tee(*flags, *prompt_files[name]), 2, "prompt")
+
+
+def test_a_prompt_past_the_context(tiny_model: Callable[[str], Path]) -> None:
+    """With a local GPU side, which must go with the error."""
+    assert_one_error(run_tee("--model", str(tiny_model("gqa")), stdin="many words " * 400), 2, "context", "512")
+
+
+def test_a_prompt_that_does_not_fit_the_kv_memory(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    flags = ("--model", str(tiny_model("gqa")), "--gpu", tiny_gpu.endpoint)
+    assert_one_error(run_tee(*flags, *PROMPT, "--kv-memory", "4K"), 2, "--kv-memory")
+
+
+def test_a_full_dev_shm(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    disk = os.statvfs("/dev/shm")
+    slot = disk.f_blocks * disk.f_frsize // 4096 * 4096  # four of them are four times what there is
+    flags = ("--model", str(tiny_model("gqa")), *PROMPT, "--lanes", "1", "--slot-bytes", str(slot))
+    assert_one_error(run_tee(*flags, "--gpu", tiny_gpu.endpoint), 2, "/dev/shm")
+    assert_one_error(run_tee(*flags), 2, "/dev/shm")
+    assert not shared_memory_names()
+
+
+def test_a_slot_smaller_than_a_row(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    flags = ("--model", str(tiny_model("gqa")), "--gpu", tiny_gpu.endpoint)
+    assert_one_error(run_tee(*flags, *PROMPT, "--slot-bytes", "4096"), 2, "--slot-bytes", str(4 * 49152))
+
+
+def test_a_region_name_that_is_taken(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    name = f"/taken-{os.getpid()}"
+    taken = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=4096)
+    try:
+        flags = ("--model", str(tiny_model("gqa")), "--gpu", tiny_gpu.endpoint, "--shm-name", name)
+        assert_one_error(run_tee(*flags, *PROMPT), 2, name)
+        assert os.path.exists(f"/dev/shm{name}"), "it is somebody else's"
+    finally:
+        taken.close_fd()
+        taken.unlink()
+
+
+@pytest.fixture
+def silent_port() -> Iterator[str]:
+    """An address where nobody listens."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        yield f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
+
+
+def test_no_gpu_side_at_the_address(silent_port: str, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    for endpoint in (silent_port, f"ipc://{tmp_path}/nothing.sock", "tcp://no-such-host.invalid:5555"):
+        flags = ("--model", str(tiny_model("gqa")), "--gpu", endpoint)
+        assert_one_error(run_tee(*flags, *PROMPT), 3, endpoint)
+
+
+def test_something_else_at_the_address(tiny_model: Callable[[str], Path]) -> None:
+    """It accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        assert_one_error(run_tee("--model", str(tiny_model("gqa")), "--gpu", endpoint, *PROMPT), 3, endpoint)
+
+
+def test_another_model_on_the_other_side(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    from asynctsqp.checkpoint import Checkpoint, short
+
+    shorts = [short(Checkpoint(tiny_model(name)).fingerprint()) for name in ("gqa", "biases")]
+    flags = ("--model", str(tiny_model("biases")), "--gpu", tiny_gpu.endpoint)
+    assert_one_error(run_tee(*flags, *PROMPT), 2, *shorts)
+
+
+GPU_NONSENSE: list[tuple[str, ...]] = [
+    ("--bind", "nonsense"),
+    ("--bind", ""),
+    ("--bind", "tcp://"),
+    ("--bind", "tcp://127.0.0.1"),
+    ("--bind", "tcp://127.0.0.1:port"),
+    ("--bind", "tcp://127.0.0.1:99999"),
+    ("--bind", "tcp://192.0.2.1:5555"),
+    ("--bind", "http://127.0.0.1:0"),
+    ("--bind", "inproc://gpu"),
+    ("--bind", "ipc:///no/such/directory/gpu.sock"),
+    ("--bind", "ipc://" + "a" * 200),
+    ("--bind", "ipc:///etc/passwd"),
+    ("--device", "abacus"),
+    ("--device", "cuda:99"),
+    ("--device", "meta"),
+    ("--dtype", "int8"),
+    ("--threads", "0"),
+    ("--threads", "99999999"),
+    ("--no-such-flag",),
+]
+
+
+@pytest.mark.parametrize("flags", GPU_NONSENSE, ids=lambda flags: " ".join(flags)[:40])
+def test_a_gpu_side_that_cannot_start(flags: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:
+    where = () if "--bind" in flags else ("--bind", "tcp://127.0.0.1:0")
+    assert_one_error(run_gpu("--model", str(tiny_model("gqa")), *where, *flags), 2, program="asynctsqp.gpu")
+
+
+def test_a_port_in_use(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-m", "asynctsqp.gpu", "--model", str(tiny_model("gqa")), "--bind", tiny_gpu.endpoint]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert_one_error(ended, 2, "in use", tiny_gpu.endpoint, program="asynctsqp.gpu")
+
+
+def test_a_socket_in_use(
+    tmp_path: Path, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    model, endpoint = tiny_model("gqa"), f"ipc://{tmp_path}/gpu.sock"
+    start_gpu(model, "--bind", endpoint)
+    command = [sys.executable, "-m", "asynctsqp.gpu", "--model", str(model), "--bind", endpoint]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the second GPU side took the first one's address away")
+    assert_one_error(Ended(done.returncode, done.stdout, done.stderr), 2, "in use", program="asynctsqp.gpu")
+
+
+def test_a_socket_that_a_killed_gpu_side_left_is_no_obstacle(
+    tmp_path: Path, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    model, endpoint = tiny_model("gqa"), f"ipc://{tmp_path}/gpu.sock"
+    start_gpu(model, "--bind", endpoint).kill()
+    assert start_gpu(model, "--bind", endpoint).endpoint == endpoint
+
+
+def test_the_commands_themselves_end_with_one_line(tiny_model: Callable[[str], Path]) -> None:
+    """The same as real processes: nothing is printed by a dying interpreter either."""
+    with tee_process("--model", "no-such-directory", *PROMPT) as tee:
+        assert_one_error(tee.end(), 2, "no-such-directory")
+    with tee_process("--model", str(tiny_model("gqa")), "--prompt", "many words " * 400) as tee:
+        assert_one_error(tee.end(), 2, "context")
+    with tee_process("--model", str(tiny_model("gqa")), *PROMPT, "--device", "cpu") as tee:
+        assert_one_error(tee.end(), 2, "--device")

@@ -1,0 +1,194 @@
+"""Signals: both sides stop when asked, at any moment, with the exit code that says so."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import GpuProcess
+from tests.processes import ROOT, TeeProcess, gone, shared_memory_names, tee_process, wait_until
+
+FLAGS = ("--prompt", "Once upon a time", "--max-new-tokens", "440", "--temperature", "0", "--ignore-eos")
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SOON_S = 5.0
+
+
+def assert_interrupted(tee: TeeProcess, private_tmp: Path) -> None:
+    ended = tee.end(SOON_S)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert len(ended.errors) <= 1, ended.errors
+    assert not shared_memory_names()
+    assert not list(private_tmp.glob("asynctsqp-*"))
+
+
+@BOTH
+def test_an_interrupted_answer_leaves_nothing(
+    number: int, private_tmp: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    with tee_process("--model", str(tiny_model("gqa")), *FLAGS) as tee:
+        tee.wait_for_text()
+        local = tee.local_gpu().pid
+        tee.signal(number)
+        assert_interrupted(tee, private_tmp)
+        assert gone(local)
+
+
+@BOTH
+def test_interrupted_while_the_gpu_side_starts(
+    number: int, private_tmp: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    with tee_process("--model", str(tiny_model("gqa")), *FLAGS) as tee:
+        children: list[int] = []
+
+        def started() -> bool:
+            try:
+                children.append(tee.local_gpu().pid)
+            except StopIteration:
+                return False
+            return True
+
+        assert wait_until(started, 20)
+        tee.signal(number)
+        assert_interrupted(tee, private_tmp)
+        assert gone(children[0])
+
+
+@BOTH
+def test_interrupted_while_it_waits_for_a_prompt(
+    number: int, private_tmp: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """Standard input is a pipe into which nobody writes."""
+    with tee_process("--model", str(tiny_model("gqa")), stdin=subprocess.PIPE) as tee:
+        assert wait_until(lambda: idle(tee.pid), 20)
+        tee.signal(number)
+        assert_interrupted(tee, private_tmp)
+
+
+def test_interrupted_while_modules_are_imported(private_tmp: Path, tiny_model: Callable[[str], Path]) -> None:
+    with tee_process("--model", str(tiny_model("gqa")), *FLAGS) as tee:
+        maps = Path(f"/proc/{tee.pid}/maps")
+        assert wait_until(lambda: "libtorch_cpu" in maps.read_text(), 20), "torch is never imported?"
+        tee.signal(signal.SIGINT)
+        assert_interrupted(tee, private_tmp)
+
+
+@contextmanager
+def terminal(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The TEE side's command in a terminal of its own, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "asynctsqp.tee", *flags]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(keyboard: int, mark: bytes) -> bytes:
+    """What the terminal shows, up to `mark`, or to the end of it."""
+    text = b""
+    while mark not in text:
+        assert select.select([keyboard], [], [], 20)[0], f"the terminal shows only {text!r}"
+        try:
+            text += os.read(keyboard, 4096)
+        except OSError:  # the other end is closed
+            break
+    return text
+
+
+def test_a_chat_of_two_turns_ends_with_the_input(tiny_model: Callable[[str], Path]) -> None:
+    with terminal("--model", str(tiny_model("gqa")), "--max-new-tokens", "8", "--ignore-eos") as (process, keyboard):
+        for line in (b"Hello there\n", b"And now?\n", b"\x04"):
+            read_until(keyboard, b"> ")
+            os.write(keyboard, line)
+        assert process.wait(SOON_S) == 0
+        assert b"Traceback" not in read_until(keyboard, b"Traceback")
+
+
+@BOTH
+def test_an_idle_chat_can_be_interrupted(number: int, tiny_model: Callable[[str], Path]) -> None:
+    with terminal("--model", str(tiny_model("gqa"))) as (process, keyboard):
+        read_until(keyboard, b"> ")
+        process.send_signal(number)
+        assert process.wait(SOON_S) == 130
+        assert b"Traceback" not in read_until(keyboard, b"Traceback")
+
+
+@BOTH
+def test_a_chat_can_be_interrupted_in_the_middle_of_an_answer(
+    number: int, tiny_model: Callable[[str], Path]
+) -> None:
+    flags = ("--max-new-tokens", "440", "--temperature", "0", "--ignore-eos")
+    with terminal("--model", str(tiny_model("gqa")), *flags) as (process, keyboard):
+        read_until(keyboard, b"> ")
+        os.write(keyboard, b"Hello there\n")
+        read_until(keyboard, b"there\r\n")
+        assert select.select([keyboard], [], [], 20)[0]
+        process.send_signal(number)
+        assert process.wait(SOON_S) == 130
+        assert b"Traceback" not in read_until(keyboard, b"Traceback")
+
+
+@BOTH
+def test_a_gpu_side_stops_when_asked(
+    number: int, tmp_path: Path, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    path = tmp_path / "gpu.sock"
+    gpu = start_gpu(tiny_model("gqa"), "--bind", f"ipc://{path}")
+    gpu.process.send_signal(number)
+    assert gpu.process.wait(SOON_S) == 0
+    assert not path.exists(), "its socket is still there"
+
+
+@BOTH
+def test_a_busy_gpu_side_stops_when_asked(
+    number: int, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    model = tiny_model("gqa")
+    gpu = start_gpu(model)
+    with tee_process("--model", str(model), "--gpu", gpu.endpoint, *FLAGS) as tee:
+        tee.wait_for_text()
+        gpu.process.send_signal(number)
+        assert gpu.process.wait(SOON_S) == 0
+        assert tee.end(SOON_S).code == 3
+
+
+@BOTH
+def test_a_gpu_side_stops_while_it_loads(number: int, demo_model: Path) -> None:
+    command = [sys.executable, "-m", "asynctsqp.gpu", "--model", str(demo_model), "--dtype", "float32"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, "--bind", "tcp://127.0.0.1:0"], stdout=pipe, stderr=pipe, cwd=ROOT) as process:
+        assert wait_until(lambda: reads(process.pid, "model.safetensors"), 20)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=SOON_S)
+    assert process.returncode == 0
+    assert b"Traceback" not in err
+
+
+def reads(pid: int, name: str) -> bool:
+    """Whether a process has a file of that name open."""
+    return any(file.path.endswith(name) for file in psutil.Process(pid).open_files())
+
+
+def idle(pid: int) -> bool:
+    """Whether a process has done nothing for a while: it waits."""
+    before = psutil.Process(pid).cpu_times()
+    time.sleep(0.5)
+    return psutil.Process(pid).cpu_times()[:2] == before[:2]
