@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from asynctsqp.errors import BadInputError, NotBuiltError
-from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
+from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 Options = TypeVar("Options")
@@ -99,6 +100,8 @@ class EngineOptions:
         _check_at_least(self, 0, "reconnect_s")
         if self.lanes and self.lanes > MAX_LANES:
             raise BadInputError(f"--lanes is at most {MAX_LANES}")
+        if self.threads and self.threads > MAX_THREADS:
+            raise BadInputError(f"--threads is at most {MAX_THREADS}")
         if self.slot_bytes and self.slot_bytes % SLOT_ALIGNMENT:
             raise BadInputError(f"--slot-bytes must be a multiple of {SLOT_ALIGNMENT}")
         if self.slot_bytes and self.transport == "binary" and self.slot_bytes > MAX_FRAME_BYTES:
@@ -193,6 +196,6 @@ def _check_at_least(options: Any, least: int, *names: str) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadInputError(f"{_flag(name)} takes a number, not {value!r}")
     return value

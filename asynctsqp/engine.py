@@ -19,7 +19,8 @@ import torch
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions, make
 from asynctsqp.cores import default_threads
-from asynctsqp.errors import BadInputError, EngineClosed
+from asynctsqp.endpoints import check_endpoint
+from asynctsqp.errors import EngineClosed
 from asynctsqp.loop_thread import LoopThread
 from tee_side.local_gpu import LocalGpuSide
 from tee_side.pipeline import Pipeline
@@ -38,7 +39,7 @@ class Engine:
 
     def __init__(self, model: str | os.PathLike[str], gpu: str | None, options: dict[str, Any]) -> None:
         self._model = os.fspath(model)
-        self._gpu = gpu
+        self._gpu = None if gpu is None else check_endpoint("--gpu", gpu)
         self.options = make(EngineOptions, options)
         self._thread: LoopThread | None = None
         self._pipeline: Pipeline | None = None
@@ -122,7 +123,7 @@ class Engine:
 
     def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:
-            return _fixed(check_endpoint(self._gpu))
+            return _fixed(self._gpu)
         local = self._local = LocalGpuSide(str(checkpoint.directory), self.options.dtype, threads)
 
         async def endpoint() -> str:
@@ -137,13 +138,6 @@ class Engine:
             return
         await thread.run(_shut_down(pipeline, self._local))
         await asyncio.to_thread(thread.stop)
-
-
-def check_endpoint(endpoint: str) -> str:
-    """Raises BadInputError for something that is no endpoint."""
-    if not endpoint.startswith(("tcp://", "ipc://")):
-        raise BadInputError(f"--gpu takes tcp://HOST:PORT or ipc://PATH, not {endpoint!r}")
-    return endpoint
 
 
 async def _next(arrived: asyncio.Queue[Piece], producer: asyncio.Future[None]) -> Piece | None:

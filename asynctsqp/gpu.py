@@ -8,8 +8,9 @@ import sys
 
 from asynctsqp.config import OneLineParser
 from asynctsqp.cores import default_threads, openmp
+from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError
-from asynctsqp.limits import WIRE_DTYPE_NAMES
+from asynctsqp.limits import MAX_THREADS, WIRE_DTYPE_NAMES
 
 DEFAULT_BIND = "tcp://127.0.0.1:5555"
 
@@ -17,8 +18,9 @@ DEFAULT_BIND = "tcp://127.0.0.1:5555"
 def main() -> int:
     try:
         arguments = _parser().parse_args()
-        if arguments.threads is not None and arguments.threads < 1:
-            raise BadInputError("--threads is at least 1")
+        if arguments.threads is not None and not 1 <= arguments.threads <= MAX_THREADS:
+            raise BadInputError(f"--threads is 1 to {MAX_THREADS}")
+        check_endpoint("--bind", arguments.bind)
         _serve(arguments)
     except AsynctsqpError as error:
         print(f"asynctsqp.gpu: error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 SLOTS = 2  # a lane's double buffer
 MAX_LANES = 64
+MAX_THREADS = 1024
 SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
 MAX_FRAME_BYTES = 256 << 20  # a peer that sends more in one frame is disconnected before it is buffered
 WIRE_DTYPE_NAMES = ("float32", "bfloat16", "float16")

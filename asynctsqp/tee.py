@@ -11,6 +11,7 @@ from pathlib import Path
 
 from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
 from asynctsqp.cores import openmp
+from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
 
 INTERRUPTED = 130
@@ -52,6 +53,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """All that can be known to be wrong before anything is loaded."""
     arguments.options = from_arguments(EngineOptions, arguments)
     arguments.sampling = from_arguments(SamplingOptions, arguments)
+    if arguments.gpu is not None:
+        check_endpoint("--gpu", arguments.gpu)
     if arguments.serve is not None:
         raise NotBuiltError("--serve is not built yet")
     arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and sys.stdin.isatty()

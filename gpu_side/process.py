@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket as socketlib
 import stat
 import sys
 import tempfile
@@ -86,8 +87,8 @@ def _bound(socket: zmq.asyncio.Socket, endpoint: str) -> Iterator[None]:
 
 def _bind(socket: zmq.asyncio.Socket, endpoint: str) -> None:
     path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
-    if path is not None and path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-        raise BadInputError(f"cannot listen at {endpoint}: {path} is a file")
+    if path is not None and path.exists():
+        _check_socket_is_stale(path, endpoint)
     mask = os.umask(0o177)  # a socket file is for its owner only
     try:
         socket.bind(endpoint.removesuffix(":0") + ":*" if endpoint.endswith(":0") else endpoint)
@@ -96,6 +97,15 @@ def _bind(socket: zmq.asyncio.Socket, endpoint: str) -> None:
         raise BadInputError(f"cannot listen at {endpoint}: {reason}") from None
     finally:
         os.umask(mask)
+
+
+def _check_socket_is_stale(path: Path, endpoint: str) -> None:
+    """ZeroMQ would replace whatever lies there, another server's socket too."""
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise BadInputError(f"cannot listen at {endpoint}: {path} is not a socket")
+    with contextlib.suppress(ConnectionRefusedError), socketlib.socket(socketlib.AF_UNIX) as probe:
+        probe.connect(str(path))
+        raise BadInputError(f"cannot listen at {endpoint}: it is in use")
 
 
 @contextlib.contextmanager
