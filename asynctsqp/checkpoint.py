@@ -147,7 +147,7 @@ def _weight_files(directory: Path) -> list[Path]:
         names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds neither model.safetensors nor its index") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}") from None
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} names a file outside its own directory")
@@ -169,7 +169,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             }
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} has a damaged header: {error}") from None
     data_size = file_size - 8 - header_size
     return {name: _check_entry(file, 8 + header_size, data_size, name, entry) for name, entry in entries.items()}

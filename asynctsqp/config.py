@@ -134,6 +134,8 @@ class SamplingOptions:
             raise BadInputError("--stop takes text that is not empty")
         _check_at_least(self, 1, "max_new_tokens")
         _check_at_least(self, 0, "temperature", "top_k")
+        if self.seed is not None and not 0 <= _number("seed", self.seed) < 1 << 63:
+            raise BadInputError("--seed is from 0 to 2^63 - 1")
         if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
             raise BadInputError("--top-p is above 0 and at most 1")
 

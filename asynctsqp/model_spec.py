@@ -15,6 +15,9 @@ import msgspec
 
 from asynctsqp.errors import CheckpointError
 
+MAX_LAYERS = 4096  # far above any model: a damaged config must not keep us busy
+MAX_SIZE = 1 << 26
+
 
 class Op(IntEnum):
     """The linears of a LLaMA, fused where they share their input."""
@@ -90,7 +93,7 @@ class ModelSpec:
             config = msgspec.json.decode(config_file.read_bytes(), type=_ConfigFile)
         except FileNotFoundError:
             raise CheckpointError(f"{config_file.parent} holds no config.json: not a model directory") from None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{config_file} is not a LLaMA config: {error}") from None
         return cls._from_config(config, config_file)
 
@@ -116,15 +119,9 @@ class ModelSpec:
             attention_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,
         )
-        sizes = (
-            spec.hidden_size,
-            spec.intermediate_size,
-            spec.layers,
-            spec.heads,
-            spec.kv_heads,
-            spec.head_dim,
-        )
-        if min(*sizes, spec.vocab_size, spec.max_positions) < 1 or spec.heads % spec.kv_heads:
+        sizes = [spec.hidden_size, spec.intermediate_size, spec.layers, spec.heads, spec.kv_heads, spec.head_dim]
+        sizes += [spec.vocab_size, spec.max_positions]
+        if min(sizes) < 1 or max(sizes) > MAX_SIZE or spec.layers > MAX_LAYERS or spec.heads % spec.kv_heads:
             raise CheckpointError(f"{config_file} holds impossible sizes")
         return spec
 

@@ -34,6 +34,7 @@ def engine_options(pairs: Sequence[str]) -> dict[str, Any]:
 def steps(total: int) -> Iterator[Step]:
     """A live bar, gone when the block ends; nothing where standard error is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, completed=-1)
         yield lambda text: progress.update(task, advance=1, description=text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from asynctsqp.cores import openmp
 from asynctsqp.model_spec import ModelSpec
 from benchmarks.harness import Worker
 
@@ -49,8 +51,9 @@ class Split:
 
     @staticmethod
     def worker() -> Worker:
-        # the setting of `python -m asynctsqp.tee`
-        return Worker("asynctsqp", "benchmarks.split_worker", {"OMP_WAIT_POLICY": "PASSIVE"})
+        """With what `python -m asynctsqp.tee` adds to its environment."""
+        added = {name: value for name, value in openmp().items() if name not in os.environ}
+        return Worker("asynctsqp", "benchmarks.split_worker", added)
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
         for measure in measures:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.worker import serve
@@ -33,7 +33,7 @@ class Transformers:
     """One model, and the measurements on it."""
 
     def __init__(self) -> None:
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None  # a PreTrainedModel, whose `generate` is not typed
 
     def load(self, model: str, dtype: str) -> dict[str, Any]:
         transformers_logging.set_verbosity_error()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
-from asynctsqp.errors import BadInputError, PromptError, ProtocolError
+from asynctsqp.errors import BadInputError, CheckpointError, PromptError, ProtocolError, one_line
 from asynctsqp.limits import SLOT_ALIGNMENT
 from asynctsqp.model_spec import ModelSpec
 from asynctsqp.tensor_codec import WIRE_DTYPES
@@ -23,6 +24,7 @@ from tee_side.model import Sequence as RunningSequence
 from tee_side.offload import Offload
 from tee_side.partitions import shielded
 from tee_side.request import Piece, Progress, RpcTotals
+from tee_side.rope import Rope
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.tokenizer import Prompt, TextStream, Tokenizer
 from tee_side.weights import Weights
@@ -41,9 +43,8 @@ class Pipeline:
         self._options = options
         self._link = link
         self._lanes = lanes
-        self._config = LlamaConfig.from_pretrained(checkpoint.directory)
+        self._config, self._defaults = _read_configs(checkpoint.directory)
         self._tokenizer = Tokenizer(checkpoint.directory, spec.vocab_size)
-        self._defaults = generation_config(checkpoint.directory)
         self._end = end_tokens(self._defaults, self._config)
         self._model = Model(spec, Weights(checkpoint), shielded)
         self._memory = KVMemory(spec, options.kv_memory or _quarter_of_memory())
@@ -137,6 +138,17 @@ class Pipeline:
             ]
             wanted = hidden[-1][-1:] if last_only else torch.cat(hidden)
             return await self._model.logits(wanted, gpu)
+
+
+def _read_configs(directory: Path) -> tuple[LlamaConfig, GenerationConfig]:
+    """transformers' own view of a checkpoint, tried out. Raises CheckpointError for what it cannot work with."""
+    try:
+        config, defaults = LlamaConfig.from_pretrained(directory), generation_config(directory)
+        Rope(config)
+        Sampler(SamplingOptions(), defaults, frozenset())
+    except Exception as error:  # whatever transformers raises for each of its many fields
+        raise CheckpointError(f"{directory}: its config or generation config is unusable: {one_line(error)}") from None
+    return config, defaults
 
 
 def slot_bytes(spec: ModelSpec, options: EngineOptions) -> int:

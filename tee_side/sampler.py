@@ -23,10 +23,9 @@ from asynctsqp.config import SamplingOptions
 
 def generation_config(directory: Path) -> GenerationConfig:
     """The checkpoint's, or what its config.json implies."""
-    try:
+    if (directory / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(directory)
-    except OSError:
-        return GenerationConfig()
+    return GenerationConfig()
 
 
 def end_tokens(*sources: object) -> frozenset[int]:

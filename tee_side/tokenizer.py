@@ -32,7 +32,10 @@ class Tokenizer:
 
         Raises PromptError if nothing is left of it, or a token is not of this model.
         """
-        tokens = self._encode(prompt)
+        try:
+            tokens = self._encode(prompt)
+        except UnicodeEncodeError:  # half of a surrogate pair, as bytes that are no UTF-8 become in an argument
+            raise PromptError("the prompt is not text: it holds bytes that are no UTF-8") from None
         if not tokens:
             raise PromptError("the prompt is empty")
         if not all(isinstance(token, int) and 0 <= token < self._vocab_size for token in tokens):
@@ -48,6 +51,7 @@ class Tokenizer:
         if isinstance(prompt, str):
             if not prompt:
                 raise PromptError("the prompt is empty")
+            prompt.encode()
             return list(self._tokenizer.encode(prompt))
         messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
         if messages and len(messages) == len(prompt):
@@ -61,6 +65,7 @@ class Tokenizer:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # jinja's, raised by the template itself
             raise PromptError(f"the chat template refuses these messages: {one_line(error)}") from None
+        str(text).encode()
         return list(self._tokenizer.encode(str(text), add_special_tokens=False))
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from unittest import mock
 import psutil
 
 ROOT = Path(__file__).parent.parent
+RUN_S = 20  # what is expected to end and does not is interrupted
 WARNING = "asynctsqp.tee: warning: "
 
 
@@ -90,6 +92,9 @@ def tee_process(*flags: str, stdin: int = subprocess.DEVNULL) -> Iterator[TeePro
 def run_main(main: Callable[[], int], *flags: str, stdin: str = "") -> Ended:
     """A command's main() in this process: what `python -m` runs, without three seconds of imports."""
     out, err = io.StringIO(), io.StringIO()
+    watchdog = threading.Timer(RUN_S, os.kill, (os.getpid(), signal.SIGINT))
+    watchdog.start()
+    terminated = signal.getsignal(signal.SIGTERM)
     with (
         mock.patch.object(sys, "argv", ["command", *flags]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
@@ -100,6 +105,9 @@ def run_main(main: Callable[[], int], *flags: str, stdin: str = "") -> Ended:
             code = main()
         except SystemExit as exit:
             code = exit.code if isinstance(exit.code, int) else 1
+        finally:
+            watchdog.cancel()
+            signal.signal(signal.SIGTERM, terminated)
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -127,7 +127,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 ONLY_TEE: dict[str, Callable[[Path], Any]] = {
     "no tokenizer": lambda model: (model / "tokenizer.json").unlink(),
     "a damaged tokenizer": lambda model: (model / "tokenizer.json").write_text("{"),
-    "a damaged generation config": lambda model: (model / "generation_config.json").write_text('{"temperature": "hot"}'),
+    "a damaged generation config": lambda model: (model / "generation_config.json").write_text("{"),
+    "a nonsensical generation config": lambda model: (model / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": "hot"}'
+    ),
 }
 
 
@@ -139,7 +142,7 @@ def model(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Path:
 @pytest.mark.parametrize("name", [*DAMAGE, *ONLY_TEE])
 def test_the_tee_side_refuses_it(name: str, model: Path) -> None:
     (DAMAGE | ONLY_TEE)[name](model)
-    ended = run_tee("--model", str(model), "--prompt", "Hello", "--max-new-tokens", "2", "--temperature", "1")
+    ended = run_tee("--model", str(model), "--prompt", "Hello", "--max-new-tokens", "2")
     assert_one_error(ended, 2)
 
 
