@@ -95,6 +95,8 @@ class EngineOptions:
     trace: str | None = _later(None, "a timeline for Perfetto", metavar="FILE")
 
     def __post_init__(self) -> None:
+        _parse_sizes(self)
+        _check_types(self)
         _check_choices(self)
         _check_at_least(self, 1, "lanes", "chunk_tokens", "threads", "slot_bytes", "kv_memory")
         _check_at_least(self, 0, "reconnect_s")
@@ -130,6 +132,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        _check_types(self)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise BadInputError("--stop takes text that is not empty")
         _check_at_least(self, 1, "max_new_tokens")
@@ -188,6 +191,23 @@ def _check_choices(options: Any) -> None:
         if built and value not in built:
             shown = "" if isinstance(value, bool) else f" {value}"
             raise NotBuiltError(f"{_flag(field.name)}{shown} is not built yet")
+
+
+def _parse_sizes(options: Any) -> None:
+    for field in dataclasses.fields(options):
+        if field.metadata.get("type") is parse_size and getattr(options, field.name) is not None:
+            object.__setattr__(options, field.name, parse_size(getattr(options, field.name)))
+
+
+def _check_types(options: Any) -> None:
+    """The annotations, held to at run time: options come from people."""
+    for field in dataclasses.fields(options):
+        value, allowed = getattr(options, field.name), str(field.type).split(" | ")
+        names = {"NoneType": "None", "list": "tuple"}
+        kind = names.get(type(value).__name__, type(value).__name__)
+        kinds = {name.partition("[")[0] for name in allowed}
+        if kind not in kinds and not (kind == "int" and "float" in kinds):
+            raise BadInputError(f"{_flag(field.name)} takes {' or '.join(sorted(kinds - {'None'}))}, not {value!r}")
 
 
 def _check_at_least(options: Any, least: int, *names: str) -> None:

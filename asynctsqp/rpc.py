@@ -127,8 +127,15 @@ class Connection:
                 self._fail(GpuSideLost(f"what listens at {self.endpoint} does not answer as a GPU side"))
         return reply.result()[0]
 
+    def check(self) -> None:
+        """Raises what the connection was lost to, if it was."""
+        if self.lost is not None:
+            raise self._loss()
+
     def close(self) -> None:
-        """Ends the connection; calls that still wait fail with GpuSideLost."""
+        """Ends the connection, once; calls that still wait fail with GpuSideLost."""
+        if self._socket.closed:
+            return
         self._fail(GpuSideLost("the connection was closed"))
         for task in self._tasks:
             task.cancel()

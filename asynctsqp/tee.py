@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ INTERRUPTED = 130
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends us in order, as Ctrl-C does
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: an answer may hold any character
         arguments = _parser().parse_args()
         _check(arguments)
         _run(arguments)
@@ -30,8 +33,17 @@ def main() -> int:
         print("asynctsqp.tee: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        print(f"asynctsqp.tee: error: cannot write the answer: {error.strerror}", file=sys.stderr)
+        return BadInputError.exit_code
     return 0
+
+
+def _drop_output() -> None:
+    """What is still buffered cannot be written: the flush at the end must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,10 +69,14 @@ def _check(arguments: argparse.Namespace) -> None:
         check_endpoint("--gpu", arguments.gpu)
     if arguments.serve is not None:
         raise NotBuiltError("--serve is not built yet")
-    arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and sys.stdin.isatty()
+    arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and _is_terminal()
     if arguments.interactive and arguments.json:
         raise BadInputError("--json needs a prompt: give --prompt or --prompt-file")
     arguments.text = None if arguments.interactive else _text(arguments)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _text(arguments: argparse.Namespace) -> str:
@@ -71,7 +87,7 @@ def _text(arguments: argparse.Namespace) -> str:
         elif arguments.prompt_file is not None:
             text = Path(arguments.prompt_file).read_text("utf-8")
         else:
-            text = sys.stdin.read()
+            text = "" if sys.stdin is None else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         source = arguments.prompt_file or "standard input"
         raise BadInputError(f"cannot read the prompt from {source}: {error}") from None

@@ -55,6 +55,7 @@ class Offload:
                 await self._link.recover(session, loss)
 
     async def _linear(self, session: Session, op: Op, layer: int, x: torch.Tensor) -> torch.Tensor:
+        session.connection.check()
         linear = self._spec.linears[op]
         out = torch.empty(len(x), linear.out_features)
         row_bytes = session.dtype.itemsize * linear.widest

@@ -38,7 +38,7 @@ class Tokenizer:
             raise PromptError("the prompt is not text: it holds bytes that are no UTF-8") from None
         if not tokens:
             raise PromptError("the prompt is empty")
-        if not all(isinstance(token, int) and 0 <= token < self._vocab_size for token in tokens):
+        if not all(0 <= token < self._vocab_size for token in tokens):
             raise PromptError(f"the prompt holds something that is not a token id from 0 to {self._vocab_size - 1}")
         return tokens
 
@@ -53,10 +53,15 @@ class Tokenizer:
                 raise PromptError("the prompt is empty")
             prompt.encode()
             return list(self._tokenizer.encode(prompt))
+        if not isinstance(prompt, Sequence):
+            raise PromptError("a prompt is text, token ids, or chat messages")
         messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
         if messages and len(messages) == len(prompt):
             return self._encode_chat(messages)
-        return [token for token in prompt if isinstance(token, int)] if not messages else []
+        tokens = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
+        if len(tokens) != len(prompt):
+            raise PromptError("a prompt is text, token ids, or chat messages, and not a mixture")
+        return tokens
 
     def _encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._tokenizer.chat_template:

@@ -13,6 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+# As the commands set it: read when torch is imported. Otherwise this process's idle threads keep the cores busy
+# while a GPU side would compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tests import models
 
 ROOT = Path(__file__).parent.parent

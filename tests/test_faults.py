@@ -223,7 +223,7 @@ async def address():
 
 async def live_and_die():
     options = EngineOptions(transport="shm", lanes=2)
-    link = await Link.open(address, checkpoint, options, 2, 1 << 20, may_spin=False)
+    link = await Link.open(address, checkpoint, options, 2, 1 << 20)
     async with Lanes(2).take() as lane:
         gpu = Offload(link, lane, checkpoint.spec, RpcTotals())
         for rows in (1, 700):
