@@ -19,8 +19,8 @@ into text and hands each one over as it comes; transformers does neither here.
 
 A pair of samples during which other processes had more than 5 % of the cores' time is disturbed, and taken again
 while --limit-s lasts: transformers' threads wait by spinning, and take ten times as long when they lose a core,
-so that disturbed figures would flatter this project. They count only where there are fewer than three others,
-and the table says so.
+so that disturbed figures would flatter this project. Where there are fewer than three others, they are reported
+as such, without a ratio.
 
 Not measured: a GPU, a network between the sides, an enclave, masking, several requests at once, loading,
 sampling other than greedy. The prompts are random tokens, since the work does not depend on what they say; of
@@ -104,7 +104,9 @@ def _times(measure: Measure, pairs: Sequence[Pair]) -> dict[str, Any]:
         }
         for pair in pairs
     ]
-    return {"unit": measure.unit, **dataclasses.asdict(compare(ours, theirs)), "samples": samples}
+    figures = dataclasses.asdict(compare(ours, theirs))
+    disturbed = not all(pair.quiet for pair in counted)
+    return {"unit": measure.unit, **figures, "disturbed": disturbed, "samples": samples}
 
 
 def _in_common(pair: Pair) -> int:

@@ -39,15 +39,13 @@ def _times(results: Results, titles: Mapping[str, str]) -> Table:
 
 
 def _row(times: Mapping[str, Any]) -> tuple[str, ...]:
+    medians = f"{times['ours_median']:.1f}", f"{times['theirs_median']:.1f}"
+    quiet = f"{sum(sample['quiet'] for sample in times['samples'])} of {len(times['samples'])}"
+    if times["disturbed"]:
+        return *medians, "-", "DISTURBED: run it again", quiet
     interval = times["interval"]
     span = f"{interval['low']:.2f} to {interval['high']:.2f} ({100 * interval['confidence']:.0f} %)"
-    return f"{times['ours_median']:.1f}", f"{times['theirs_median']:.1f}", f"{times['ratio']:.2f}", span, _pairs(times)
-
-
-def _pairs(times: Mapping[str, Any]) -> str:
-    used, taken = sum(sample["used"] for sample in times["samples"]), len(times["samples"])
-    quiet = sum(sample["quiet"] for sample in times["samples"])
-    return f"{quiet} of {taken}" if used == quiet else f"{quiet} of {taken}: DISTURBED"
+    return *medians, f"{times['ratio']:.2f}", span, quiet
 
 
 def _costs(results: Results) -> Table:

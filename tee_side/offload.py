@@ -28,7 +28,7 @@ from tee_side.request import RpcTotals
 class _Block:
     """One block on its way."""
 
-    rows: slice
+    out: torch.Tensor  # where its answer goes: [rows, out_features] float32
     slot: int
     reply: asyncio.Future[Reply]
 
@@ -61,15 +61,15 @@ class Offload:
         row_bytes = session.dtype.itemsize * linear.widest
         previous: _Block | None = None
         for index, rows in enumerate(_cut(len(x), session.carrier.slot_bytes // row_bytes)):
-            block = self._send(session, op, layer, x[rows], rows, index % SLOTS)
+            block = self._send(session, op, layer, x[rows], out[rows], index % SLOTS)
             if previous is not None:
-                await self._receive(session, previous, out)
+                await self._receive(session, previous)
             previous = block
         if previous is not None:
-            await self._receive(session, previous, out)
+            await self._receive(session, previous)
         return out
 
-    def _send(self, session: Session, op: Op, layer: int, x: torch.Tensor, rows: slice, slot: int) -> _Block:
+    def _send(self, session: Session, op: Op, layer: int, x: torch.Tensor, out: torch.Tensor, slot: int) -> _Block:
         frames = session.carrier.put(self._lane.index, slot, x)
         connection = session.connection
         call = Call(connection.next_call_id(), op, layer, len(x), self._lane.index, slot)
@@ -77,9 +77,9 @@ class Offload:
         reply = connection.call(call.call_id, call, frames, settled=self._lane.call_settled)
         self._totals.calls += 1
         self._totals.bytes_sent += x.numel() * session.dtype.itemsize
-        return _Block(rows, slot, reply)
+        return _Block(out, slot, reply)
 
-    async def _receive(self, session: Session, block: _Block, out: torch.Tensor) -> None:
+    async def _receive(self, session: Session, block: _Block) -> None:
         start = time.perf_counter()
         answer, payload = await block.reply
         self._totals.wait_s += time.perf_counter() - start
@@ -87,8 +87,8 @@ class Offload:
             raise CallRefused(f"the GPU side refused a call: {one_line(answer.reason)}")
         if not isinstance(answer, Done):
             raise ProtocolError("the GPU side answered a call with another kind of message")
-        session.carrier.take(self._lane.index, block.slot, payload, out[block.rows])
-        self._totals.bytes_received += out[block.rows].numel() * session.dtype.itemsize
+        session.carrier.take(self._lane.index, block.slot, payload, block.out)
+        self._totals.bytes_received += block.out.numel() * session.dtype.itemsize
 
 
 def _cut(rows: int, most: int) -> Iterator[slice]:

@@ -120,7 +120,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "an integer linear": lambda model: as_integers(model, UP),
     "an index that is no JSON": lambda model: index_of(model, "{"),
     "an index without a map": lambda model: index_of(model, {}),
-    "an index of missing shards": lambda model: index_of(model, {"weight_map": {UP: "model-00001-of-00001.safetensors"}}),
+    "an index of missing shards": lambda model: index_of(
+        model, {"weight_map": {UP: "model-00001-of-00001.safetensors"}}
+    ),
     "an index of a directory": lambda model: index_of(model, {"weight_map": {UP: "."}}),
 }
 

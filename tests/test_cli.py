@@ -70,7 +70,9 @@ def test_chat_applies_the_template(tee: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("program", ["asynctsqp.tee", "asynctsqp.gpu"])
 def test_help_names_every_flag_of_the_contract(program: str) -> None:
-    done = subprocess.run([sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     contract = {
         "asynctsqp.tee": "model gpu prompt prompt-file chat max-new-tokens temperature top-p top-k seed stop ignore-eos "
         "partition transport compress protect weight-bits mask-memory mask-peer mask-peer-key lanes chunk-tokens "
@@ -121,7 +123,9 @@ def test_text_goes_out_in_utf8_whatever_the_locale(tee: tuple[str, ...]) -> None
     """A script's locale is often C; an answer may hold any character."""
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     flags = ("--prompt", "Hello", "--temperature", "2", "--seed", "1", "--max-new-tokens", "100")
-    done = subprocess.run(command(*tee, *flags), capture_output=True, cwd=ROOT, env=environment, timeout=60, check=False)
+    done = subprocess.run(
+        command(*tee, *flags), capture_output=True, cwd=ROOT, env=environment, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert not done.stdout.isascii(), "nothing was tested"
     done.stdout.decode("utf-8")

@@ -302,7 +302,9 @@ def test_the_callers_loop_is_never_blocked(loop: Callable[[], asyncio.AbstractEv
 def test_any_number_of_loops_in_a_row_and_engines_in_a_loop(connect: Connect) -> None:
     async def run() -> list[int]:
         async with connect() as first, connect(transport="binary") as second:
-            done = await asyncio.gather(*(engine.complete(PROMPT, max_new_tokens=4, **GREEDY) for engine in (first, second)))
+            done = await asyncio.gather(
+                *(engine.complete(PROMPT, max_new_tokens=4, **GREEDY) for engine in (first, second))
+            )
         assert done[0].token_ids == done[1].token_ids
         return done[0].token_ids
 

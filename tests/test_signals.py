@@ -89,9 +89,7 @@ def terminal(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The TEE side's command in a terminal of its own, and the terminal's other end."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "asynctsqp.tee", *flags]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True)
     os.close(theirs)
     try:
         yield process, ours
@@ -132,9 +130,7 @@ def test_an_idle_chat_can_be_interrupted(number: int, tiny_model: Callable[[str]
 
 
 @BOTH
-def test_a_chat_can_be_interrupted_in_the_middle_of_an_answer(
-    number: int, tiny_model: Callable[[str], Path]
-) -> None:
+def test_a_chat_can_be_interrupted_in_the_middle_of_an_answer(number: int, tiny_model: Callable[[str], Path]) -> None:
     flags = ("--max-new-tokens", "440", "--temperature", "0", "--ignore-eos")
     with terminal("--model", str(tiny_model("gqa")), *flags) as (process, keyboard):
         read_until(keyboard, b"> ")
