@@ -111,9 +111,9 @@ def _processes() -> Iterator[str]:
     for process in psutil.process_iter():
         try:
             words = " ".join(process.cmdline())
-            if process.pid != os.getpid() and "asynctsqp." in words and "TMPDIR" in process.environ():
-                if process.environ()["TMPDIR"] == tempfile.gettempdir():
-                    yield f"process {process.pid}: {words[:80]}"
+            ours = process.environ().get("TMPDIR") == tempfile.gettempdir()
+            if ours and process.pid != os.getpid() and "asynctsqp." in words:
+                yield f"process {process.pid}: {words[:80]}"
         except psutil.Error:  # it ended while we looked, or it is not ours to look at
             continue
 

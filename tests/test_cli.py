@@ -74,7 +74,8 @@ def test_help_names_every_flag_of_the_contract(program: str) -> None:
         [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     contract = {
-        "asynctsqp.tee": "model gpu prompt prompt-file chat max-new-tokens temperature top-p top-k seed stop ignore-eos "
+        "asynctsqp.tee": "model gpu prompt prompt-file chat max-new-tokens temperature top-p top-k seed stop "
+        "ignore-eos "
         "partition transport compress protect weight-bits mask-memory mask-peer mask-peer-key lanes chunk-tokens "
         "slot-bytes kv-memory doorbell reconnect-s dtype threads shm-name enclave serve stats log-rpc trace json",
         "asynctsqp.gpu": "model bind device dtype threads",

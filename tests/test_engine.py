@@ -113,10 +113,14 @@ async def cancel_many(engine: Engine) -> None:
 
 async def fail_in_between(engine: Engine) -> None:
     """The caller's own error, raised between two pieces, goes through."""
-    with pytest.raises(ZeroDivisionError):
+
+    async def fail() -> None:
         async with contextlib.aclosing(engine.generate(PROMPT, max_new_tokens=400, **GREEDY)) as pieces:
             async for piece in pieces:
                 1 // (piece.token_id * 0)
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
 
 
 LEAVING = [break_off, cancel_generate, cancel_complete, cancel_many, fail_in_between]

@@ -173,7 +173,7 @@ def test_a_gpu_side_stops_while_it_loads(number: int, demo_model: Path) -> None:
     with subprocess.Popen([*command, "--bind", "tcp://127.0.0.1:0"], stdout=pipe, stderr=pipe, cwd=ROOT) as process:
         assert wait_until(lambda: reads(process.pid, "model.safetensors"), 20)
         process.send_signal(number)
-        out, err = process.communicate(timeout=SOON_S)
+        _out, err = process.communicate(timeout=SOON_S)
     assert process.returncode == 0
     assert b"Traceback" not in err
 
