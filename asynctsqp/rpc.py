@@ -19,7 +19,19 @@ from zmq.utils.monitor import parse_monitor_message
 
 from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError, one_line
-from asynctsqp.messages import MAX_FRAMES, Alive, ToGpu, ToTee, Wake, decode_to_tee, encode
+from asynctsqp.messages import (
+    MAX_FRAMES,
+    Alive,
+    Attached,
+    Done,
+    Refused,
+    ToGpu,
+    ToTee,
+    Wake,
+    Welcome,
+    decode_to_tee,
+    encode,
+)
 from asynctsqp.shm import Region
 from asynctsqp.sockets import client_socket
 
@@ -33,6 +45,7 @@ _HANDSHAKE_FAILED = (
 )
 _ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | _HANDSHAKE_FAILED
 
+Answer = Welcome | Attached | Done | Refused
 Reply = tuple[ToTee, memoryview | None]
 
 
@@ -172,7 +185,10 @@ class Connection:
                 if not self._pending:
                     self._called.clear()
                     await self._called.wait()
-                self._accept(await doorbell.receive(), None)
+                answer = decode_to_tee(await doorbell.receive())
+                if not isinstance(answer, Done | Refused):
+                    raise ProtocolError("only answers to calls go through a doorbell")
+                self._settle(answer, None)
 
     @contextlib.contextmanager
     def _failing_on_nonsense(self) -> Iterator[None]:
@@ -191,6 +207,10 @@ class Connection:
                 if self._doorbell is not None:
                     self._doorbell.wake()
                 return
+        self._settle(answer, tensor)
+
+    def _settle(self, answer: Answer, tensor: memoryview | None) -> None:
+        """Hands an answer to the call that waits for it."""
         pending = self._pending.pop(answer.call_id, None)
         if pending is None:
             raise ProtocolError("an answer that nobody asked for")

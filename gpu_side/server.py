@@ -149,6 +149,7 @@ class Server:
                     raise ProtocolError("only calls go through a doorbell")
                 if self._executor.inline(message.rows):
                     await self._answer(identity, client, message, None, reply)
+                    await asyncio.sleep(0)  # whoever keeps its ring full must not keep the others waiting
                 else:
                     self._handle(identity, message, None, reply)
         except ProtocolError as error:
