@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +18,10 @@ import pytest
 # while a GPU side would compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from asynctsqp import Engine
 from tests import models
+from tests.clients import GoodTee
+from tests.peers import raw_tee
 
 ROOT = Path(__file__).parent.parent
 SETTLE_S = 5.0  # a GPU side needs a moment to see that its parent was killed
@@ -145,3 +149,24 @@ def tiny_gpu(tiny_gpus: list[GpuProcess], tiny_model: Callable[[str], Path]) -> 
         tiny_gpus.append(GpuProcess(tiny_model("gqa"), "--bind", "tcp://127.0.0.1:0"))
     yield tiny_gpus[-1]
     assert tiny_gpus[-1].process.poll() is None, "the GPU side died"
+
+
+@pytest.fixture
+def good(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> Iterator[GoodTee]:
+    """A well-behaved client that is connected before, during and after whatever the test does."""
+    with raw_tee(tiny_gpu.endpoint) as peer:
+        tee = GoodTee(peer, tiny_model("gqa"))
+        tee.check()
+        yield tee
+        tee.check(rows=1)
+        tee.check(rows=40)
+
+
+@pytest.fixture
+def connect(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) -> Callable[..., Engine]:
+    """connect(**options) -> an engine that is yet to be opened, on the GPU side that all tests share."""
+
+    def connect(**options: Any) -> Engine:
+        return Engine.connect(tiny_model("gqa"), tiny_gpu.endpoint, **options)
+
+    return connect

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 import asynctsqp
 from tests.conftest import GpuProcess
 from tests.processes import (
-    ROOT,
     assert_one_error,
     gone,
-    mapped_regions,
-    open_files,
     run_tee,
     shared_memory_names,
     tee_process,
@@ -201,69 +195,3 @@ def test_a_lost_gpu_side_fails_every_answer_and_the_next_one(
                 await asyncio.wait_for(engine.complete(PROMPT, max_new_tokens=1), 2)
 
     asyncio.run(run())
-
-
-HUNDRED_VICTIMS = """
-import asyncio, os, signal, sys
-import torch
-from pathlib import Path
-from asynctsqp.checkpoint import Checkpoint
-from asynctsqp.config import EngineOptions
-from asynctsqp.model_spec import Op
-from tee_side.lanes import Lanes
-from tee_side.link import Link
-from tee_side.offload import Offload
-from tee_side.request import RpcTotals
-
-endpoint, model, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-checkpoint = Checkpoint(model)
-
-async def address():
-    return endpoint
-
-async def live_and_die():
-    options = EngineOptions(transport="shm", lanes=2)
-    link = await Link.open(address, checkpoint, options, 2, 1 << 20)
-    async with Lanes(2).take() as lane:
-        gpu = Offload(link, lane, checkpoint.spec, RpcTotals())
-        for rows in (1, 700):
-            await gpu.linear(Op.QKV, 0, torch.ones(rows, 64))
-        asyncio.get_running_loop().call_later(0.001, os.kill, os.getpid(), signal.SIGKILL)
-        while True:  # killed with calls on their way
-            await gpu.linear(Op.GATE_UP, 1, torch.ones(700, 64))
-
-for _ in range(count):
-    child = os.fork()
-    if child == 0:
-        try:
-            asyncio.run(live_and_die())
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
-        sys.exit(f"a victim ended by itself: {status}")
-"""
-
-
-def kill_tee_sides(count: int, endpoint: str, model: Path) -> None:
-    """`count` TEE sides, one after another, each killed with a region attached and a call on its way."""
-    command = [sys.executable, "-c", HUNDRED_VICTIMS, endpoint, str(model), str(count)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_hundred_killed_tee_sides_leave_the_gpu_side_as_it_was(
-    tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
-) -> None:
-    model = tiny_model("gqa")
-    gpu = start_gpu(model)
-    process = psutil.Process(gpu.process.pid)
-    kill_tee_sides(10, gpu.endpoint, model)  # warms it up: threads, caches, pools of the allocator
-    assert wait_until(lambda: mapped_regions(process.pid) == 0)
-    resident, files, threads = process.memory_info().rss, open_files(process.pid), process.num_threads()
-    kill_tee_sides(100, gpu.endpoint, model)
-    assert wait_until(lambda: mapped_regions(process.pid) == 0), "regions of dead clients are still mapped"
-    assert wait_until(lambda: open_files(process.pid) <= files), "descriptors leaked"
-    assert process.num_threads() <= threads
-    assert process.memory_info().rss - resident < 8 * MIB, "a hundred regions were 800 MiB"
-    assert not shared_memory_names()

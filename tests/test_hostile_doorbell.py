@@ -17,10 +17,10 @@ from asynctsqp.doorbell import ENTRIES, Ring
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Wake, Welcome, encode
 from asynctsqp.model_spec import Op
 from asynctsqp.shm import Region
+from tests.clients import ATTACHED, DONE, HIDDEN, PAGE, REFUSED, WELCOME, GoodTee
 from tests.conftest import GpuProcess
 from tests.peers import RawTee, lying_gpu, raw_tee
 from tests.processes import ROOT, shared_memory_names, wait_until
-from tests.test_server import ATTACHED, DONE, HIDDEN, PAGE, REFUSED, WELCOME, GoodTee
 
 Damage = Callable[[memoryview], None]
 
