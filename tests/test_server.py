@@ -97,9 +97,10 @@ def test_floods_faster_than_they_can_be_read_do_not_end_a_gpu_side(
     gpu = start_gpu(tiny_model("gqa"))
     with raw_tee(gpu.endpoint) as peer:
         good = GoodTee(peer, tiny_model("gqa"))
-        floods = [subprocess.Popen([sys.executable, "-c", FLOOD, gpu.endpoint]) for _ in range(2)]
-        while any(flood.poll() is None for flood in floods):
-            good.check()
+        command = [sys.executable, "-c", FLOOD, gpu.endpoint]
+        with subprocess.Popen(command) as first, subprocess.Popen(command) as second:
+            while first.poll() is None or second.poll() is None:
+                good.check()
         assert wait_until(lambda: mapped_regions(gpu.process.pid) == 0)
         good.check()
     assert gpu.process.poll() is None
