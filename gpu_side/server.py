@@ -79,7 +79,8 @@ class Server:
 
     async def weights(self, dtype: str) -> Weights:
         """The weights in a dtype; made once, however many clients ask at the same time."""
-        if dtype not in self._weights:
+        known = self._weights.get(dtype)
+        if known is None or (known.done() and known.exception() is not None):  # a load that failed is tried again
             make = asyncio.to_thread(Weights, self._checkpoint, dtype, self._executor.device)
             self._weights[dtype] = asyncio.create_task(make)
         return await asyncio.shield(self._weights[dtype])
@@ -129,7 +130,7 @@ class Server:
                     return
         except AsynctsqpError as error:
             answer = Refused(message.call_id, one_line(error, REASON_CHARACTERS), bad_input=error.exit_code == 2)
-        except (RuntimeError, OSError) as error:  # out of memory, a failed kernel, a file that went away
+        except Exception as error:  # out of memory, a failed kernel, a file that went away: the asker must hear of it
             log.warning("a call failed: %s", one_line(error, REASON_CHARACTERS))
             answer = Refused(
                 message.call_id, f"the GPU side failed: {one_line(error, REASON_CHARACTERS)}", bad_input=False
