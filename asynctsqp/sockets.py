@@ -16,6 +16,9 @@ def _socket(context: zmq.asyncio.Context, kind: int, max_frame_bytes: int) -> zm
     socket.setsockopt(zmq.LINGER, 0)  # closing never waits for a peer
     socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a connection that does not exist
     socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+    # libzmq aborts the process when a heartbeat times out while its receive queue is full (an assertion on _io_error
+    # in its stream engine): a flood then costs memory, and not every client's connection
+    socket.setsockopt(zmq.RCVHWM, 0)
     # answered by libzmq's own I/O thread: a side that is busy computing is still alive
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
