@@ -19,6 +19,7 @@ the two rings of doorbell.py, through which the messages themselves may go.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -145,9 +146,10 @@ class Region:
         return HEADER_BYTES + (lane * 2 * SLOTS + area) * self.slot_bytes
 
     def close(self) -> None:
-        """Unmaps. Raises BufferError while somebody else's view is alive."""
+        """Unmaps, or leaves that to the last view that is still alive (an error's traceback may hold one)."""
         self._rows.clear()
-        self.memory.close()
+        with contextlib.suppress(BufferError):
+            self.memory.close()
 
 
 def _region_bytes(lanes: int, slot_bytes: int) -> int:

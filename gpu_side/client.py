@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -78,8 +77,7 @@ class Client:
         if self._region is not None:
             lanes: list[object] = [(self, lane) for lane in range(self._region.lanes)]
             self._executor.unpin(self._region, lanes)
-            with contextlib.suppress(BufferError):  # a view that is still alive unmaps when it is collected
-                self._region.close()
+            self._region.close()
 
     def _linear(self, call: Call) -> LinearSpec:
         try:

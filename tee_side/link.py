@@ -31,7 +31,6 @@ class Session:
     connection: Connection
     carrier: Carrier
     dtype: torch.dtype
-    device: str
 
     def close(self) -> None:
         self.connection.close()
@@ -96,20 +95,19 @@ class Link:
     async def _connect(self) -> Session:
         connection = await Connection.open(await self._endpoint(), MAX_FRAME_BYTES)
         try:
-            device = await self._greet(connection)
+            await self._greet(connection)
             carrier = await self._carrier(connection)
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, WIRE_DTYPES[self._options.dtype], device)
+        return Session(connection, carrier, WIRE_DTYPES[self._options.dtype])
 
-    async def _greet(self, connection: Connection) -> str:
+    async def _greet(self, connection: Connection) -> None:
         answer = await connection.request(0, self._hello)
         if isinstance(answer, Refused):
             raise (HandshakeRefused if answer.bad_input else GpuSideLost)(one_line(answer.reason))
         if not isinstance(answer, Welcome):
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
-        return one_line(answer.device, 50)
 
     async def _carrier(self, connection: Connection) -> Carrier:
         dtype = WIRE_DTYPES[self._options.dtype]

@@ -40,7 +40,6 @@ class Pipeline:
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions, link: Link, lanes: Lanes) -> None:
         spec = checkpoint.spec
         self.spec = spec
-        self._options = options
         self._link = link
         self._lanes = lanes
         self._config, self._defaults = _read_configs(checkpoint.directory)
@@ -66,10 +65,6 @@ class Pipeline:
 
     def close(self) -> None:
         self._link.close()
-
-    @property
-    def device(self) -> str:
-        return self._link.session.device
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingOptions, progress: Progress
