@@ -25,9 +25,9 @@ import time
 from collections.abc import Callable
 
 from asynctsqp.errors import ProtocolError
-from asynctsqp.limits import MAX_LANES, SLOTS
+from asynctsqp.limits import MAX_LANES, MAX_SLOTS
 
-ENTRIES = MAX_LANES * SLOTS  # every slot may have one call in flight
+ENTRIES = MAX_LANES * MAX_SLOTS  # every slot may have one call in flight
 ENTRY_BYTES = 256
 MAX_MESSAGE_BYTES = ENTRY_BYTES - 2
 WORDS_BYTES = 128

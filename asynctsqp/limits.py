@@ -1,6 +1,7 @@
 """Sizes that both sides agree on and that the options are checked against. No imports: read before torch is."""
 
 SLOTS = 2  # a lane's double buffer
+MAX_SLOTS = 4
 MAX_LANES = 64
 MAX_THREADS = 1024
 SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own

@@ -1,19 +1,20 @@
-"""The control messages between the two sides. Tensors never travel in here.
+"""The control messages between the two sides. Tensors travel beside them, but for one transport.
 
     TEE side                                   GPU side
     Hello      who I am, what I will ask  -->
                                           <--  Welcome   or  Refused
     Attach     here is a shared region    -->
                                           <--  Attached  (echoes the nonce it read there)  or  Refused
-    Call       one linear, one block      -->
+    Call       one operation, one block   -->
                                           <--  Done      or  Refused
                                           <--  Alive     now and then: sending it fails once a TEE side is gone
 
 There is no goodbye: the end of the connection says it, also for a side that was killed.
 Call, Done and Refused may go through a doorbell in the shared region instead; then a side that sleeps is sent Wake.
 
-`call_id` is chosen by the TEE side and comes back in the answer. A message is the first frame; a second
-frame, where there is one, is the raw bytes of one tensor (binary transport).
+`call_id` is chosen by the TEE side and comes back in the answer. A message is the first frame. The tensors of a
+call (layouts.py: where each lies) are in shared memory, or are the second frame (transport `binary`), or are
+inside the message itself (transport `msgpack`, as the simplest of systems do it).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import msgspec
 
 from asynctsqp.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
-MAX_FRAMES = 2  # a message and at most one tensor
+PROTOCOL_VERSION = 2
+MAX_FRAMES = 2  # a message, and at most one with tensors
 NONCE_BYTES = 32
 
 
@@ -39,12 +40,14 @@ class Hello(Message, tag=1, frozen=True):
     fingerprint: bytes  # of the checkpoint, see checkpoint.fingerprint()
     dtype: str  # of tensors on the wire and of the products
     partition: str
+    compress: str  # "none", "lz4" or "zstd": of tensors that travel as messages, in both directions
 
 
 class Attach(Message, tag=2, frozen=True):
     call_id: int
     name: str
     lanes: int
+    slots: int  # of each lane, in each direction
     slot_bytes: int
     doorbell: bool  # calls will come through the region's rings
 
@@ -60,8 +63,10 @@ class Call(Message, tag=3, frozen=True):
     op: int  # model_spec.Op
     layer: int
     rows: int
+    keys: int  # 0 but for QK and AV
     lane: int
     slot: int
+    tensors: bytes | None = None
 
 
 class Welcome(Message, tag=11, frozen=True):
@@ -75,8 +80,12 @@ class Attached(Message, tag=12, frozen=True):
 
 
 class Done(Message, tag=13, frozen=True):
+    """The two times are claims, used for reports only."""
+
     call_id: int
-    compute_s: float  # time the product itself took on the GPU side; a claim, used for reports only
+    started_at: float  # when the computation began, by the GPU side's own clock
+    compute_s: float  # how long it took
+    tensors: bytes | None = None
 
 
 class Refused(Message, tag=14, frozen=True):

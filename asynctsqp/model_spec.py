@@ -20,13 +20,31 @@ MAX_SIZE = 1 << 26
 
 
 class Op(IntEnum):
-    """The linears of a LLaMA, fused where they share their input."""
+    """What the GPU side can be asked for. layouts.py says which tensors each takes and gives."""
 
+    # linears, fused where they share their input
     QKV = 0
     O = 1  # noqa: E741 - the field's name for it
     GATE_UP = 2
     DOWN = 3
     LM_HEAD = 4
+    # their parts
+    Q = 5
+    K = 6
+    V = 7
+    GATE = 8
+    UP = 9
+    # the other products of a LLaMA
+    EMBEDDING = 10
+    QK = 11  # q k^T, before the softmax
+    AV = 12  # softmax(scores) v
+    # compositions
+    NORM_QKV = 13  # RMSNorm, q|k|v
+    O_MLP = 14  # o, residual, RMSNorm, MLP, residual
+    LAYER = 15  # O_MLP, then NORM_QKV of the next layer
+
+
+PARTS = {Op.QKV: (Op.Q, Op.K, Op.V), Op.GATE_UP: (Op.GATE, Op.UP)}  # in the order of their rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +62,6 @@ class LinearSpec:
     @cached_property
     def out_features(self) -> int:
         return sum(rows for _, rows in self.parts)
-
-    @cached_property
-    def widest(self) -> int:
-        return max(self.in_features, self.out_features)
 
 
 class _ConfigFile(msgspec.Struct):
@@ -126,37 +140,36 @@ class ModelSpec:
         return spec
 
     @cached_property
+    def q_features(self) -> int:
+        return self.heads * self.head_dim
+
+    @cached_property
+    def kv_features(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @cached_property
     def linears(self) -> dict[Op, LinearSpec]:
         attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
-        q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
         qkv = (
-            (attention + "q_proj", q_rows),
-            (attention + "k_proj", kv_rows),
-            (attention + "v_proj", kv_rows),
+            (attention + "q_proj", self.q_features),
+            (attention + "k_proj", self.kv_features),
+            (attention + "v_proj", self.kv_features),
         )
         gate_up = ((mlp + "gate_proj", self.intermediate_size), (mlp + "up_proj", self.intermediate_size))
         lm_head = "model.embed_tokens" if self.tied_embedding else "lm_head"
         return {
             Op.QKV: LinearSpec(self.hidden_size, qkv, self.attention_bias),
-            Op.O: LinearSpec(q_rows, ((attention + "o_proj", self.hidden_size),), self.attention_bias),
+            Op.O: LinearSpec(self.q_features, ((attention + "o_proj", self.hidden_size),), self.attention_bias),
             Op.GATE_UP: LinearSpec(self.hidden_size, gate_up, self.mlp_bias),
             Op.DOWN: LinearSpec(self.intermediate_size, ((mlp + "down_proj", self.hidden_size),), self.mlp_bias),
             Op.LM_HEAD: LinearSpec(self.hidden_size, ((lm_head, self.vocab_size),), bias=False),
         }
 
-    @cached_property
-    def widest(self) -> int:
-        """The most features that one row of any call's input or output has."""
-        return max(linear.widest for linear in self.linears.values())
-
-    @cached_property
-    def widest_in_layer(self) -> int:
-        """The same without the lm_head, which is seldom asked for more than a row."""
-        return max(linear.widest for op, linear in self.linears.items() if op is not Op.LM_HEAD)
-
     def layers_of(self, op: Op) -> int:
-        """How many layers have this linear: 1 for the lm_head, which stands behind them all."""
-        return 1 if op is Op.LM_HEAD else self.layers
+        """How many layers have this operation: 1 for those that stand before or behind them all."""
+        if op is Op.LAYER:
+            return self.layers - 1  # the last has no next one
+        return 1 if op in (Op.EMBEDDING, Op.LM_HEAD) else self.layers
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that a checkpoint of this model must hold."""

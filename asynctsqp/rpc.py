@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ _HANDSHAKE_FAILED = (
 _ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | _HANDSHAKE_FAILED
 
 Answer = Welcome | Attached | Done | Refused
-Reply = tuple[ToTee, memoryview | None]
+Reply = tuple[ToTee, memoryview | None, float]  # the answer, the frame beside it, when it was read
 
 
 @dataclass(slots=True)
@@ -101,11 +102,11 @@ class Connection:
         self,
         call_id: int,
         message: ToGpu,
-        frames: Sequence[memoryview] = (),
+        frames: Sequence[memoryview | bytes] = (),
         deadline_s: float = CALL_DEADLINE_S,
         settled: Callable[[], None] = lambda: None,
     ) -> asyncio.Future[Reply]:
-        """Sends `message` (and at most one tensor) and returns the future of its answer, without waiting.
+        """Sends `message` (and at most one frame of tensors) and returns the future of its answer, without waiting.
 
         settled: called exactly once, when the other side can no longer touch what the call lent it: its answer
         is here, or the connection is gone. A cancelled future does not settle its call.
@@ -216,7 +217,7 @@ class Connection:
             raise ProtocolError("an answer that nobody asked for")
         pending.settled()
         if not pending.future.done():
-            pending.future.set_result((answer, tensor))
+            pending.future.set_result((answer, tensor, time.perf_counter()))
 
     def _wake_peer(self) -> None:
         self._socket.send(encode(Wake()))

@@ -5,15 +5,15 @@
                                                 <- slot_bytes -->
 
 The TEE side makes the region, the GPU side maps it. Each lane (one micro-batch on its way through the layers)
-has two slots, each a request and a reply area, so that one slot can be filled or emptied while the other is
-computed on (double buffering):
+has two slots (a partition with three calls at once: three), each a request and a reply area, so that one slot can be
+filled or emptied while the other is computed on (double buffering):
 
     FREE --TEE writes request, sends Call--> CALLED --GPU side writes reply, sends Done--> ANSWERED
       ^                                                                                       |
       '------------------------------- TEE copies the reply out ------------------------------'
 
 The state of a slot is never stored in the region, where the other side could change it: the TEE side knows
-it from its own program order (offload.py). Beside the payload the region holds
+it from its own program order (lanes.py, offload.py). Beside the payload the region holds
 the two rings of doorbell.py, through which the messages themselves may go.
 """
 
@@ -30,28 +30,31 @@ import torch
 
 from asynctsqp.doorbell import RING_BYTES
 from asynctsqp.errors import SharedMemoryError
-from asynctsqp.limits import MAX_LANES, SLOT_ALIGNMENT, SLOTS
+from asynctsqp.limits import MAX_LANES, MAX_SLOTS, SLOT_ALIGNMENT
 from asynctsqp.messages import NONCE_BYTES
-from asynctsqp.tensor_codec import view_of
+from asynctsqp.layouts import Layout, tensors_in
 
 # posix_ipc hands a name to C as it is, and crashes on some (a zero byte, for one)
 NAME = re.compile(r"/[A-Za-z0-9._-]{1,200}")
 NONCE_AREA_BYTES = 64
 HEADER_BYTES = -(-(NONCE_AREA_BYTES + 2 * RING_BYTES) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
+SlotTensors = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # inputs, outputs
+
 
 class Region:
     """One mapped region. `close()` when nothing reads or writes it any more."""
 
-    def __init__(self, name: str, memory: mmap.mmap, lanes: int, slot_bytes: int) -> None:
+    def __init__(self, name: str, memory: mmap.mmap, lanes: int, slots: int, slot_bytes: int) -> None:
         self.name = name
         self.memory = memory
         self.lanes = lanes
+        self.slots = slots
         self.slot_bytes = slot_bytes
-        self._rows: dict[tuple[int, int, torch.dtype, int], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int, Layout], SlotTensors] = {}
 
     @classmethod
-    def create(cls, name: str | None, lanes: int, slot_bytes: int) -> Region:
+    def create(cls, name: str | None, lanes: int, slots: int, slot_bytes: int) -> Region:
         """Makes, reserves and maps a region; the caller unlinks the name as soon as the peer has mapped it.
 
         name: an explicit name (a Gramine manifest must know it), or None for a random one.
@@ -60,7 +63,7 @@ class Region:
         name = name or f"/asynctsqp-{secrets.token_hex(8)}"
         if not NAME.fullmatch(name):
             raise SharedMemoryError(f"{name!r} is no name for shared memory: a slash, then letters, digits, . _ or -")
-        size = _region_bytes(lanes, slot_bytes)
+        size = _region_bytes(lanes, slots, slot_bytes)
         try:
             shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError:
@@ -80,16 +83,17 @@ class Region:
         finally:
             shared.close_fd()
         memory[:NONCE_BYTES] = secrets.token_bytes(NONCE_BYTES)
-        return cls(name, memory, lanes, slot_bytes)
+        return cls(name, memory, lanes, slots, slot_bytes)
 
     @classmethod
-    def attach(cls, name: str, lanes: int, slot_bytes: int) -> Region:
+    def attach(cls, name: str, lanes: int, slots: int, slot_bytes: int) -> Region:
         """Maps a region that the other side made. Raises SharedMemoryError if it is not there or too small."""
-        if not (1 <= lanes <= MAX_LANES and slot_bytes > 0 and slot_bytes % SLOT_ALIGNMENT == 0):
-            raise SharedMemoryError("the region's lanes or slot size make no sense")
+        sensible = 1 <= lanes <= MAX_LANES and 1 <= slots <= MAX_SLOTS
+        if not (sensible and slot_bytes > 0 and slot_bytes % SLOT_ALIGNMENT == 0):
+            raise SharedMemoryError("the region's lanes, slots or slot size make no sense")
         if not NAME.fullmatch(name):
             raise SharedMemoryError("that is no name for shared memory")
-        size = _region_bytes(lanes, slot_bytes)
+        size = _region_bytes(lanes, slots, slot_bytes)
         try:
             shared = posix_ipc.SharedMemory(name)
         except (OSError, ValueError, posix_ipc.Error) as error:
@@ -97,7 +101,7 @@ class Region:
         try:
             if shared.size < size:
                 raise SharedMemoryError("the region is smaller than its description")
-            return cls(name, mmap.mmap(shared.fd, size), lanes, slot_bytes)
+            return cls(name, mmap.mmap(shared.fd, size), lanes, slots, slot_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise SharedMemoryError(f"cannot map the region: {error}") from None
         finally:
@@ -120,37 +124,28 @@ class Region:
         """Takes the name away; the mappings stay. From here on a `kill -9` of both sides leaks nothing."""
         posix_ipc.unlink_shared_memory(self.name)
 
-    def request(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """The [rows, columns] tensor at the start of a slot's request area: a view."""
-        return self._view(lane, slot, dtype, rows, columns)
-
-    def reply(self, lane: int, slot: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """The [rows, columns] tensor at the start of a slot's reply area: a view."""
-        return self._view(lane, SLOTS + slot, dtype, rows, columns)
-
-    def _view(self, lane: int, area: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """Views of a single row, those of a decode step, are kept: making one takes as long as its product's call."""
-        key = (lane, area, dtype, columns)
-        if rows == 1 and key in self._rows:
-            return self._rows[key]
-        view = view_of(self.memory, dtype, rows, columns, self._offset(lane, area))
-        if rows == 1:
-            self._rows[key] = view
-        return view
+    def tensors(self, lane: int, slot: int, layout: Layout) -> SlotTensors:
+        """The inputs in a slot's request area and the outputs in its reply area: views."""
+        key = (lane, slot, layout)
+        if key in self._kept:
+            return self._kept[key]
+        request = HEADER_BYTES + (lane * 2 * self.slots + slot) * self.slot_bytes
+        reply = request + self.slots * self.slot_bytes
+        views = tensors_in(self.memory, request, layout.inputs), tensors_in(self.memory, reply, layout.outputs)
+        if layout.reused:  # those of a decode step: making them takes as long as the product's call
+            self._kept[key] = views
+        return views
 
     def whole(self) -> torch.Tensor:
         """All of it as bytes, for registering with a device: a view."""
-        return view_of(self.memory, torch.uint8, 1, len(self.memory))
-
-    def _offset(self, lane: int, area: int) -> int:
-        return HEADER_BYTES + (lane * 2 * SLOTS + area) * self.slot_bytes
+        return torch.frombuffer(self.memory, dtype=torch.uint8)
 
     def close(self) -> None:
         """Unmaps, or leaves that to the last view that is still alive (an error's traceback may hold one)."""
-        self._rows.clear()
+        self._kept.clear()
         with contextlib.suppress(BufferError):
             self.memory.close()
 
 
-def _region_bytes(lanes: int, slot_bytes: int) -> int:
-    return HEADER_BYTES + lanes * 2 * SLOTS * slot_bytes
+def _region_bytes(lanes: int, slots: int, slot_bytes: int) -> int:
+    return HEADER_BYTES + lanes * 2 * slots * slot_bytes

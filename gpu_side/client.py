@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 import torch
 
+from asynctsqp.compression import Compression
 from asynctsqp.doorbell import Doorbell, Ring
-from asynctsqp.errors import BadInputError, CallRefused
-from asynctsqp.limits import MAX_FRAME_BYTES, SLOTS
+from asynctsqp.errors import BadInputError, CallRefused, ProtocolError
+from asynctsqp.layouts import OPERATIONS, Layout, Layouts, tensors_in
+from asynctsqp.limits import MAX_FRAME_BYTES
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
-from asynctsqp.model_spec import LinearSpec, ModelSpec, Op
-from asynctsqp.shm import Region
-from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of, view_of
-from gpu_side.executor import Executor
+from asynctsqp.model_spec import ModelSpec, Op
+from asynctsqp.shm import Region, SlotTensors
+from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of
+from gpu_side.executor import Executor, Tensors, Times
+from gpu_side.programs import Programs, check_tokens
 from gpu_side.weights import Weights
 
 MAX_CALLS = 256  # in flight; an honest client has two a lane
@@ -26,9 +29,11 @@ class Client:
     def __init__(
         self, hello: Hello, spec: ModelSpec, weights: Weights, executor: Executor, wake: Callable[[], None]
     ) -> None:
-        self._dtype = WIRE_DTYPES[hello.dtype]
         self._spec = spec
-        self._weights = weights
+        self._layouts = Layouts(spec, WIRE_DTYPES[hello.dtype])
+        self._operations = OPERATIONS[hello.partition]
+        self._programs = Programs(spec, weights)
+        self._compression = Compression(hello.compress)
         self._executor = executor
         self._region: Region | None = None
         self._wake = wake
@@ -40,7 +45,7 @@ class Client:
         """Maps the client's region. Raises SharedMemoryError where it cannot be."""
         if self._region is not None:
             raise BadInputError("a connection has one region, and it is attached already")
-        region = Region.attach(request.name, request.lanes, request.slot_bytes)
+        region = Region.attach(request.name, request.lanes, request.slots, request.slot_bytes)
         self._executor.pin(region)
         self._region = region
         if request.doorbell:
@@ -48,22 +53,22 @@ class Client:
             self.doorbell = Doorbell(outgoing, incoming, self._wake, lambda: not self._executor.busy)
         return Attached(request.call_id, region.nonce)
 
-    async def serve(self, call: Call, payload: memoryview | None) -> tuple[Done, memoryview | None]:
-        """Runs one call, on shared memory or on the payload that came with it. Raises CallRefused."""
-        linear = self._linear(call)
-        weights = self._weights.linear(Op(call.op), call.layer)
+    async def serve(self, call: Call, frame: memoryview | None) -> tuple[Done, memoryview | bytes | None]:
+        """Runs one call, on shared memory or on the tensors that came with it. Raises CallRefused."""
+        op, layout = self._checked(call)
+        payload = frame if call.tensors is None else call.tensors
         if payload is None:
-            x, out = self._views(call, linear)
-            compute_s = await self._executor.run(weights, x, out, (self, call.lane))
-            return Done(call.call_id, compute_s), None
-        if len(payload) != call.rows * linear.in_features * self._dtype.itemsize:
-            raise CallRefused("the payload's size does not fit the call")
-        if call.rows * linear.out_features * self._dtype.itemsize > MAX_FRAME_BYTES:
+            inputs, outputs = self._in_region(call, layout)
+            return Done(call.call_id, *await self._run(call, op, inputs, outputs)), None
+        if layout.output_bytes > MAX_FRAME_BYTES:
             raise CallRefused("the answer would be larger than a message may be")
-        x = view_of(payload, self._dtype, call.rows, linear.in_features)
-        out = torch.empty(call.rows, linear.out_features, dtype=self._dtype)
-        compute_s = await self._executor.run(weights, x, out, (self, call.lane))
-        return Done(call.call_id, compute_s), bytes_of(out)
+        inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), 0, layout.inputs)
+        answer = bytes_of(torch.empty(layout.output_bytes, dtype=torch.uint8))
+        times = await self._run(call, op, inputs, tensors_in(answer, 0, layout.outputs))
+        packed = await self._packed(answer)
+        if call.tensors is None:
+            return Done(call.call_id, *times), packed
+        return Done(call.call_id, *times, tensors=bytes(packed)), None
 
     async def close(self) -> None:
         """Waits for running calls, then unmaps: nothing of the client is left."""
@@ -79,24 +84,46 @@ class Client:
             self._executor.unpin(self._region, lanes)
             self._region.close()
 
-    def _linear(self, call: Call) -> LinearSpec:
+    def _checked(self, call: Call) -> tuple[Op, Layout]:
         try:
             op = Op(call.op)
         except ValueError:
             raise CallRefused("there is no such operation") from None
+        if op not in self._operations:
+            raise CallRefused(f"the partition that was agreed on has no {op.name}")
         if not 0 <= call.layer < self._spec.layers_of(op):
             raise CallRefused("there is no such layer")
-        if call.rows < 1:
-            raise CallRefused("a call has at least one row")
-        return self._spec.linears[op]
+        try:
+            return op, self._layouts.of(op, call.rows, call.keys)
+        except ValueError:
+            raise CallRefused("there is no such call: it has at least one row, and keys if it is attention") from None
 
-    def _views(self, call: Call, linear: LinearSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_region(self, call: Call, layout: Layout) -> SlotTensors:
         region = self._region
         if region is None:
             raise CallRefused("no tensor came with the call, and no region is attached")
-        if not (0 <= call.lane < region.lanes and 0 <= call.slot < SLOTS):
+        if not (0 <= call.lane < region.lanes and 0 <= call.slot < region.slots):
             raise CallRefused("there is no such lane or slot")
-        if call.rows * linear.widest * self._dtype.itemsize > region.slot_bytes:
+        if layout.slot_bytes > region.slot_bytes:
             raise CallRefused("the call does not fit its slot")
-        x = region.request(call.lane, call.slot, self._dtype, call.rows, linear.in_features)
-        return x, region.reply(call.lane, call.slot, self._dtype, call.rows, linear.out_features)
+        return region.tensors(call.lane, call.slot, layout)
+
+    async def _run(self, call: Call, op: Op, inputs: Tensors, outputs: Tensors) -> Times:
+        if op is Op.EMBEDDING:
+            inputs = (check_tokens(inputs[0], self._spec.vocab_size),)
+        program = self._programs.of(op, call.layer)
+        return await self._executor.run(program, inputs, outputs, call.rows, (self, call.lane))
+
+    async def _unpacked(self, payload: memoryview | bytes, size: int) -> memoryview:
+        view = memoryview(payload)
+        try:
+            if len(view) != size:  # compressed, or wrong: long either way, and no work for the event loop
+                view = await asyncio.to_thread(self._compression.unpack, view, size, self._layouts.dtype.itemsize)
+        except ProtocolError as error:
+            raise CallRefused(f"the payload's size does not fit the call: {error}") from None
+        return memoryview(bytearray(view)) if view.readonly else view  # torch has no read-only tensors
+
+    async def _packed(self, payload: memoryview) -> memoryview | bytes:
+        if self._compression.name == "none":
+            return payload
+        return await asyncio.to_thread(self._compression.pack, payload, self._layouts.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Where and how a product runs: on CPU threads, or on CUDA streams.
+"""Where and how a program runs: on CPU threads, or on CUDA streams.
 
 An executor takes tensors that lie in the client's memory (shared, or a received message) and writes the
 result into the client's memory. It never blocks the event loop for longer than a decode-sized product.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -15,9 +16,12 @@ import torch
 
 from asynctsqp.errors import BadInputError
 from asynctsqp.shm import Region
-from gpu_side.weights import Linear
 
 DECODE_ROWS = 16  # up to here a product is bound by reading the weights, and shorter than a hop between threads
+
+Tensors = tuple[torch.Tensor, ...]
+Program = Callable[[Tensors, Tensors], None]  # computes the outputs, which are there already, from the inputs
+Times = tuple[float, float]  # when a computation began, by time.perf_counter, and how many seconds it took
 
 
 class Executor(Protocol):
@@ -29,8 +33,8 @@ class Executor(Protocol):
     def inline(self, rows: int) -> bool:
         """Whether `run` computes a product of so many rows there and then, so that a task for it is waste."""
 
-    async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
-        """out = x W^T (+ bias); returns the seconds that it took. Calls of one lane run in order."""
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
+        """Runs a program of so many rows on tensors in host memory. Calls of one lane run in order."""
 
     def pin(self, region: Region) -> None:
         """Prepares a client's region for transfers."""
@@ -50,12 +54,12 @@ class CpuExecutor:
     def inline(self, rows: int) -> bool:
         return rows <= DECODE_ROWS
 
-    async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
-        if self.inline(len(x)):
-            return _timed_product(linear, x, out)
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
+        if self.inline(rows):
+            return _timed(program, inputs, outputs)
         self.busy += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _timed_product, linear, x, out)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _timed, program, inputs, outputs)
         finally:
             self.busy -= 1
 
@@ -73,27 +77,30 @@ class CudaExecutor:
         self.device = device
         self.busy = 0
         self._streams: dict[object, torch.cuda.Stream] = {}
+        self._clock = _reference(device)
 
     def inline(self, rows: int) -> bool:
         return False
 
-    async def run(self, linear: Linear, x: torch.Tensor, out: torch.Tensor, lane: object) -> float:
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
         stream = self._stream(lane)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
-            device_x = x.to(self.device, non_blocking=True)
-            device_out = torch.empty(out.shape, dtype=out.dtype, device=self.device)
+            given = tuple(tensor.to(self.device, non_blocking=True) for tensor in inputs)
+            made = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for tensor in outputs)
             start.record(stream)
-            linear.product(device_x, device_out)
+            program(given, made)
             end.record(stream)
-            out.copy_(device_out, non_blocking=True)
+            for tensor, result in zip(outputs, made, strict=True):
+                tensor.copy_(result, non_blocking=True)
             copied = stream.record_event()
-        if len(x) <= DECODE_ROWS:
+        if rows <= DECODE_ROWS:
             while not copied.query():
                 await asyncio.sleep(0)
         else:
             await asyncio.to_thread(copied.synchronize)
-        return float(start.elapsed_time(end)) / 1e3
+        reference, its_time = self._clock
+        return its_time + float(reference.elapsed_time(start)) / 1e3, float(start.elapsed_time(end)) / 1e3
 
     def _stream(self, lane: object) -> torch.cuda.Stream:
         if lane not in self._streams:
@@ -127,7 +134,16 @@ def choose(device: str) -> Executor:
     return CudaExecutor(chosen)
 
 
-def _timed_product(linear: Linear, x: torch.Tensor, out: torch.Tensor) -> float:
+def _timed(program: Program, inputs: Tensors, outputs: Tensors) -> Times:
     start = time.perf_counter()
-    linear.product(x, out)
-    return time.perf_counter() - start
+    program(inputs, outputs)
+    return start, time.perf_counter() - start
+
+
+def _reference(device: torch.device) -> tuple[torch.cuda.Event, float]:
+    """An event of the device and the host's time at which it happened: what its other events are compared with."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+    return event, time.perf_counter()

@@ -12,8 +12,10 @@ import zmq
 import zmq.asyncio
 
 from asynctsqp.checkpoint import Checkpoint, short
+from asynctsqp.compression import NAMES as COMPRESSIONS
 from asynctsqp.doorbell import Doorbell
 from asynctsqp.errors import AsynctsqpError, CallRefused, HandshakeRefused, ProtocolError, one_line
+from asynctsqp.layouts import OPERATIONS
 from asynctsqp.messages import (
     MAX_FRAMES,
     PROTOCOL_VERSION,
@@ -111,7 +113,7 @@ class Server:
         self, identity: bytes, client: Client | None, message: ToGpu, payload: memoryview | None, reply: Reply
     ) -> None:
         answer: ToTee
-        tensor: memoryview | None = None
+        tensor: memoryview | bytes | None = None
         try:
             match message, client:
                 case Hello(), _:
@@ -140,7 +142,7 @@ class Server:
     async def _listen(self, identity: bytes, client: Client, doorbell: Doorbell) -> None:
         """Serves one client's doorbell until the client is forgotten, or breaks it."""
 
-        async def reply(answer: ToTee, tensor: memoryview | None = None) -> None:
+        async def reply(answer: ToTee, tensor: memoryview | bytes | None = None) -> None:
             doorbell.send(encode(answer))
 
         try:
@@ -167,13 +169,16 @@ class Server:
             )
         if hello.dtype not in WIRE_DTYPES or self._dtype not in (None, hello.dtype):
             raise HandshakeRefused(f"the GPU side serves dtype {self._dtype or 'names only'}, not {hello.dtype}")
-        if hello.partition != "shielded":
-            raise HandshakeRefused(f"the GPU side does not serve partition {hello.partition}")
+        if hello.partition not in OPERATIONS:
+            raise HandshakeRefused(f"the GPU side knows no partition {one_line(hello.partition, 40)}")
+        if hello.compress not in COMPRESSIONS:
+            raise HandshakeRefused(f"the GPU side knows no compression {one_line(hello.compress, 40)}")
         if identity in self._clients:
             raise HandshakeRefused("this connection has been greeted already")
         self._greeting.add(identity)  # told that we are alive while the weights are made
         try:
             weights = await self.weights(hello.dtype)
+            await asyncio.to_thread(weights.prepare, hello.partition)
         finally:
             self._greeting.discard(identity)
         self._clients[identity] = Client(
@@ -181,7 +186,7 @@ class Server:
         )
         return Welcome(hello.call_id, str(self._executor.device))
 
-    async def _send(self, identity: bytes, message: ToTee, tensor: memoryview | None = None) -> None:
+    async def _send(self, identity: bytes, message: ToTee, tensor: memoryview | bytes | None = None) -> None:
         """Never waits for a client: one that is gone, or does not read what it asked for, is forgotten."""
         frames = [identity, encode(message)] if tensor is None else [identity, encode(message), tensor]
         try:

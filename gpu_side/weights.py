@@ -1,4 +1,4 @@
-"""The linears of a checkpoint, fused and cast, as the GPU side computes with them."""
+"""The weights of a checkpoint, fused and cast, as the GPU side computes with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from asynctsqp.checkpoint import Checkpoint
-from asynctsqp.model_spec import LinearSpec, Op
+from asynctsqp.layouts import OPERATIONS
+from asynctsqp.model_spec import PARTS, LinearSpec, Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
 
 
@@ -17,6 +18,12 @@ class Linear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`product`, into a tensor of its own."""
+        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
+        self.product(x, out)
+        return out
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x: [rows, in_features] -> out: [rows, out_features] = x W^T (+ bias), with no copy in between."""
@@ -32,11 +39,19 @@ class Linear:
             torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
+@dataclass(frozen=True)
+class Norms:
+    """One layer's RMSNorm weights: [hidden] float32 each."""
+
+    attention: torch.Tensor
+    mlp: torch.Tensor
+
+
 class Weights:
-    """Every linear of one checkpoint in one dtype on one device."""
+    """Everything of one checkpoint in one dtype on one device."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-        """Reads and fuses all of it: seconds to minutes. Peak memory is the result and one tensor."""
+        """Reads and fuses all linears: seconds to minutes. Peak memory is the result and one tensor."""
         self._checkpoint = checkpoint
         self._dtype = WIRE_DTYPES[dtype]
         self._device = device
@@ -46,10 +61,33 @@ class Weights:
             for op, linear in spec.linears.items()
             for layer in range(spec.layers_of(op))
         }
+        for whole, parts in PARTS.items():
+            for layer in range(spec.layers):
+                self._linears |= _split(self._linears[whole, layer], parts, spec.linears[whole], layer)
+        self.norms = tuple(
+            Norms(self._norm(layer, "input_layernorm"), self._norm(layer, "post_attention_layernorm"))
+            for layer in range(spec.layers)
+        )
+        self._embedding = self._linears[Op.LM_HEAD, 0].weight if spec.tied_embedding else None
 
     def linear(self, op: Op, layer: int) -> Linear:
         """Raises KeyError where the model has no such linear."""
         return self._linears[op, layer]
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, hidden]. Raises KeyError where it was not prepared."""
+        if self._embedding is None:
+            raise KeyError("embedding")
+        return self._embedding
+
+    def prepare(self, partition: str) -> None:
+        """Reads what only this partition needs; not for the event loop."""
+        if Op.EMBEDDING in OPERATIONS[partition] and self._embedding is None:
+            self._embedding = self._checkpoint.read("model.embed_tokens.weight").to(self._device, self._dtype)
+
+    def _norm(self, layer: int, name: str) -> torch.Tensor:
+        return self._checkpoint.read(f"model.layers.{layer}.{name}.weight").to(self._device, torch.float32)
 
     def _load(self, linear: LinearSpec, layer: int) -> Linear:
         weight = self._stack(linear, layer, ".weight", (linear.out_features, linear.in_features))
@@ -63,3 +101,11 @@ class Weights:
             stacked[start : start + rows] = self._checkpoint.read(part.format(layer=layer) + suffix)
             start += rows
         return stacked
+
+
+def _split(whole: Linear, parts: tuple[Op, ...], spec: LinearSpec, layer: int) -> dict[tuple[Op, int], Linear]:
+    """The parts of a fused linear: views of its rows."""
+    rows = [size for _, size in spec.parts]
+    weights = whole.weight.split(rows)
+    biases = [None] * len(parts) if whole.bias is None else list(whole.bias.split(rows))
+    return {(op, layer): Linear(weight, bias) for op, weight, bias in zip(parts, weights, biases, strict=True)}

@@ -131,9 +131,8 @@ class KVCache:
 
         q: [n, heads, head_dim]; k, v: [n, kv_heads, head_dim] -> context [n, heads * head_dim] float32.
         """
+        self.store(layer, span, k, v)
         block, end = self._blocks[span.block], span.start + span.length
-        block.keys[layer, :, span.start : end] = k.transpose(0, 1)
-        block.values[layer, :, span.start : end] = v.transpose(0, 1)
         grouped = q.view(span.length, self._spec.kv_heads, -1, self._spec.head_dim).permute(1, 2, 0, 3)
         parts = [
             operators.attend(grouped, past.keys[layer, :, : past.used], past.values[layer, :, : past.used], False)
@@ -150,6 +149,21 @@ class KVCache:
             own = slice(span.start, end)
             parts.append(operators.attend(grouped, block.keys[layer, :, own], block.values[layer, :, own], True))
         return operators.merge(parts).permute(2, 0, 1, 3).reshape(span.length, -1)
+
+
+    def store(self, layer: int, span: Span, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v: [n, kv_heads, head_dim] of the span's tokens."""
+        block, end = self._blocks[span.block], span.start + span.length
+        block.keys[layer, :, span.start : end] = k.transpose(0, 1)
+        block.values[layer, :, span.start : end] = v.transpose(0, 1)
+
+    def past(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens up to the span's last: [kv_heads, tokens, head_dim] each."""
+        used = [block.used for block in self._blocks[: span.block]] + [span.start + span.length]
+        blocks = list(zip(self._blocks, used, strict=False))
+        keys = [block.keys[layer, :, :end] for block, end in blocks]
+        values = [block.values[layer, :, :end] for block, end in blocks]
+        return (keys[0], values[0]) if len(blocks) == 1 else (torch.cat(keys, dim=1), torch.cat(values, dim=1))
 
 
 def _round_up(tokens: int) -> int:

@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import torch
-
 from asynctsqp import doorbell
 from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.compression import Compression
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError, one_line
+from asynctsqp.layouts import Layouts
 from asynctsqp.limits import MAX_FRAME_BYTES
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
 from asynctsqp.rpc import Connection
 from asynctsqp.shm import Region
-from asynctsqp.tensor_codec import WIRE_DTYPES
-from tee_side.carriers import Carrier, FrameCarrier, SharedMemoryCarrier
+from tee_side.carriers import Carrier, MessageCarrier, SharedMemoryCarrier
+from tee_side.room import Room
 
 RETRY_S = 0.2
 
@@ -30,7 +30,7 @@ class Session:
 
     connection: Connection
     carrier: Carrier
-    dtype: torch.dtype
+    layouts: Layouts
 
     def close(self) -> None:
         self.connection.close()
@@ -40,12 +40,14 @@ class Session:
 class Link:
     """Holds the current session. Make it with `open`, end it with `close`."""
 
-    def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, lanes: int, slot_bytes: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, room: Room
+    ) -> None:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
-        self._lanes = lanes
-        self._slot_bytes = slot_bytes
+        self._layouts = layouts
+        self._room = room
         self._doorbell = options.doorbell != "off" and doorbell.supported()
         self._recovery = asyncio.Lock()
         self.session: Session
@@ -56,15 +58,17 @@ class Link:
         endpoint: Endpoint,
         checkpoint: Checkpoint,
         options: EngineOptions,
-        lanes: int,
-        slot_bytes: int,
+        layouts: Layouts,
+        room: Room,
     ) -> Link:
         """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves).
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
-        hello = Hello(0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition)
-        link = cls(endpoint, hello, options, lanes, slot_bytes)
+        hello = Hello(
+            0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition, options.compress
+        )
+        link = cls(endpoint, hello, options, layouts, room)
         link.session = await link._connect_within(options.reconnect_s)
         return link
 
@@ -100,7 +104,7 @@ class Link:
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, WIRE_DTYPES[self._options.dtype])
+        return Session(connection, carrier, self._layouts)
 
     async def _greet(self, connection: Connection) -> None:
         answer = await connection.request(0, self._hello)
@@ -110,23 +114,36 @@ class Link:
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
 
     async def _carrier(self, connection: Connection) -> Carrier:
-        dtype = WIRE_DTYPES[self._options.dtype]
-        transport = self._options.transport
-        if transport != "binary":
+        options = self._options
+        if options.transport in ("auto", "shm"):
             region = await self._share(connection)
             if region is not None:
-                if self._doorbell:
-                    connection.use_doorbell(region)
-                return SharedMemoryCarrier(region, dtype)
-            if transport == "shm":
+                return self._through(region, connection)
+            if options.transport == "shm":
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
-        return FrameCarrier(min(self._slot_bytes, MAX_FRAME_BYTES), dtype)
+        slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES)
+        packed = options.transport == "msgpack"
+        return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
+
+    def _through(self, region: Region, connection: Connection) -> Carrier:
+        if self._options.compress != "none":
+            region.close()
+            raise BadInputError(
+                f"--compress {self._options.compress} cannot help: tensors go through shared memory here, uncompressed; "
+                "leave it out, or use --transport binary"
+            )
+        if self._doorbell:
+            connection.use_doorbell(region)
+        return SharedMemoryCarrier(region, self._doorbell)
 
     async def _share(self, connection: Connection) -> Region | None:
         """A region that the other side has proved to see, or None. Its name is gone when this returns."""
-        region = Region.create(self._options.shm_name, self._lanes, self._slot_bytes)
+        room = self._room
+        region = Region.create(self._options.shm_name, room.lanes, room.slots, room.slot_bytes)
         try:
-            request = Attach(connection.next_call_id(), region.name, region.lanes, region.slot_bytes, self._doorbell)
+            request = Attach(
+                connection.next_call_id(), region.name, room.lanes, room.slots, room.slot_bytes, self._doorbell
+            )
             answer = await connection.request(request.call_id, request)
         except BaseException:
             region.close()

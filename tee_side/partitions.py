@@ -1,36 +1,103 @@
-"""How one layer is split between the two sides. Each function is the whole layer, as straight-line code.
+"""How a forward pass is split between the two sides. Each function is the whole pass, as straight-line code.
 
-A partition gets the layer's norms, its index, the residual stream x: [tokens, hidden] float32, the GPU side,
-and `attend(layer, qkv) -> context`, which rotates, stores and attends inside the enclave.
+A partition gets the enclave's operations, the GPU side, and the tokens [n] int64; it gives their last hidden states
+[n, hidden] float32. Only `shielded` can be masked: the others show the GPU side more than linears, and exist to
+measure what each step of the way is worth.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import torch
 
-from asynctsqp.model_spec import Op
-from asynctsqp.operators import rms_norm, silu_mul
-from tee_side.weights import Norms
+from asynctsqp.model_spec import PARTS, Op
+from tee_side.enclave import Enclave
 
 
 class Gpu(Protocol):
     """What a partition may ask of the GPU side."""
 
     async def linear(self, op: Op, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, in_features] float32 -> [rows, out_features] float32."""
+        """An operation with one input, [rows, in_features] float32 (token ids: [rows] int64), and one output."""
+
+    async def call(self, op: Op, layer: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Any operation; asynctsqp/layouts.py has the shapes."""
 
 
-Attend = Callable[[int, torch.Tensor], torch.Tensor]
-Partition = Callable[[Gpu, Norms, int, float, torch.Tensor, Attend], Awaitable[torch.Tensor]]
+Partition = Callable[[Enclave, Gpu, torch.Tensor], Awaitable[torch.Tensor]]
 
 
-async def shielded(gpu: Gpu, norms: Norms, layer: int, epsilon: float, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """Four linears on the GPU; attention, the KV cache and everything non-linear never leave."""
-    qkv = await gpu.linear(Op.QKV, layer, rms_norm(x, norms.attention, epsilon))
-    context = attend(layer, qkv)
-    x = x + await gpu.linear(Op.O, layer, context)
-    gate_up = await gpu.linear(Op.GATE_UP, layer, rms_norm(x, norms.mlp, epsilon))
-    return x + await gpu.linear(Op.DOWN, layer, silu_mul(gate_up))
+async def per_op(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
+    """Nine calls a layer: every product by itself, attention's too; embedding and scores leave."""
+    x = await gpu.linear(Op.EMBEDDING, 0, tokens)
+    for layer in tee.layers:
+        normed = tee.attention_norm(layer, x)
+        qkv = await asyncio.gather(*(gpu.linear(op, layer, normed) for op in PARTS[Op.QKV]))
+        context = await _attend_elsewhere(tee, gpu, layer, torch.cat(qkv, dim=1))
+        x = tee.add(x, await gpu.linear(Op.O, layer, context))
+        normed = tee.mlp_norm(layer, x)
+        gate_up = await asyncio.gather(*(gpu.linear(op, layer, normed) for op in PARTS[Op.GATE_UP]))
+        x = tee.add(x, await gpu.linear(Op.DOWN, layer, tee.silu_mul(torch.cat(gate_up, dim=1))))
+    return x
+
+
+async def batched(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
+    """Six calls a layer: linears that share their input are one."""
+    x = await gpu.linear(Op.EMBEDDING, 0, tokens)
+    for layer in tee.layers:
+        qkv = await gpu.linear(Op.QKV, layer, tee.attention_norm(layer, x))
+        context = await _attend_elsewhere(tee, gpu, layer, qkv)
+        x = tee.add(x, await gpu.linear(Op.O, layer, context))
+        gate_up = await gpu.linear(Op.GATE_UP, layer, tee.mlp_norm(layer, x))
+        x = tee.add(x, await gpu.linear(Op.DOWN, layer, tee.silu_mul(gate_up)))
+    return x
+
+
+async def shielded(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
+    """Four linears a layer on the GPU; embedding, attention, KV cache and everything non-linear never leave."""
+    x = tee.embed(tokens)
+    for layer in tee.layers:
+        qkv = await gpu.linear(Op.QKV, layer, tee.attention_norm(layer, x))
+        x = tee.add(x, await gpu.linear(Op.O, layer, tee.attend(layer, qkv)))
+        gate_up = await gpu.linear(Op.GATE_UP, layer, tee.mlp_norm(layer, x))
+        x = tee.add(x, await gpu.linear(Op.DOWN, layer, tee.silu_mul(gate_up)))
+    return x
+
+
+async def fused(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
+    """Two calls a layer; only embedding, attention and KV cache stay. The residual stream travels with the call."""
+    x = tee.embed(tokens)
+    for layer in tee.layers:
+        qkv = await gpu.linear(Op.NORM_QKV, layer, x)
+        (x,) = await gpu.call(Op.O_MLP, layer, x, tee.attend(layer, qkv))
+    return x
+
+
+async def fused_layer(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
+    """One call a layer: all that lies between two attentions."""
+    x = tee.embed(tokens)
+    qkv = await gpu.linear(Op.NORM_QKV, 0, x)
+    for layer in tee.layers[:-1]:
+        x, qkv = await gpu.call(Op.LAYER, layer, x, tee.attend(layer, qkv))
+    last = tee.layers[-1]
+    (x,) = await gpu.call(Op.O_MLP, last, x, tee.attend(last, qkv))
+    return x
+
+
+async def _attend_elsewhere(tee: Enclave, gpu: Gpu, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    q, keys, values = tee.attend_elsewhere(layer, qkv)
+    (scores,) = await gpu.call(Op.QK, layer, q, keys)
+    (context,) = await gpu.call(Op.AV, layer, tee.softmax(scores), values)
+    return tee.rows(context)
+
+
+PARTITIONS: dict[str, Partition] = {
+    "per-op": per_op,
+    "batched": batched,
+    "shielded": shielded,
+    "fused": fused,
+    "fused-layer": fused_layer,
+}

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [tokens, 1, head_dim] float32
 
-class Rope:
-    """The angles of one sequence. Not shared: some rope types depend on how long the sequence has become."""
+
+class Rope(Protocol):
+    """Where the angles of positions come from."""
+
+    def angles(self, position: int, length: int) -> Angles:
+        """Of consecutive positions."""
+
+
+class RopeTable:
+    """Angles that depend on the position alone: computed once, for all sequences. Grows as they do."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self._embedding = LlamaRotaryEmbedding(config)
-        self._like = torch.empty(0)  # tells transformers which device and dtype we want
+        self._most = config.max_position_embeddings
+        self._table = _compute(self._embedding, 0, 0)
 
-    def angles(self, position: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [length, 1, head_dim] float32, of consecutive positions."""
-        positions = torch.arange(position, position + length).unsqueeze(0)
-        cos, sin = self._embedding(self._like, positions)
-        return cos.view(length, 1, -1), sin.view(length, 1, -1)
+    def angles(self, position: int, length: int) -> Angles:
+        cos, sin = self._table
+        end = position + length
+        if end > len(cos):
+            cos, sin = self._table = _compute(self._embedding, 0, min(max(2 * end, 256), max(self._most, end)))
+        return cos[position:end], sin[position:end]
+
+
+class GrowingRope:
+    """Angles that change with how long the sequence has become: of one sequence, computed at each step."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self._embedding = LlamaRotaryEmbedding(config)
+
+    def angles(self, position: int, length: int) -> Angles:
+        return _compute(self._embedding, position, length)
+
+
+class Ropes:
+    """A model's rope for each new sequence."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self._config = config
+        # the two for which transformers' dynamic_rope_update recomputes the frequencies
+        kind = LlamaRotaryEmbedding(config).rope_type
+        self._shared = None if "dynamic" in kind or kind == "longrope" else RopeTable(config)
+
+    def for_sequence(self) -> Rope:
+        return self._shared or GrowingRope(self._config)
+
+
+def _compute(embedding: LlamaRotaryEmbedding, position: int, length: int) -> Angles:
+    positions = torch.arange(position, position + length).unsqueeze(0)
+    like = torch.empty(0)  # tells transformers which device and dtype we want
+    cos, sin = embedding(like, positions)
+    return cos.view(length, 1, -1), sin.view(length, 1, -1)

@@ -21,8 +21,9 @@ class Norms:
 class Weights:
     """Norms in float32; the embedding as the file has it, since casting it would double the largest part."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._embedding = checkpoint.read("model.embed_tokens.weight")
+    def __init__(self, checkpoint: Checkpoint, embedding: bool) -> None:
+        """embedding: whether it is needed here."""
+        self._embedding = checkpoint.read("model.embed_tokens.weight") if embedding else torch.empty(0)
         self.final_norm = checkpoint.read("model.norm.weight").float()
         self.layers = tuple(
             Norms(

@@ -1,0 +1,96 @@
+"""The operations of one forward pass over one sequence that stay inside, whatever the partition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from asynctsqp import operators
+from asynctsqp.model_spec import ModelSpec
+from tee_side.kv_cache import KVCache
+from tee_side.rope import Rope
+from tee_side.weights import Weights
+
+
+class Sequence:
+    """What a running sequence keeps between forward passes."""
+
+    def __init__(self, cache: KVCache, rope: Rope) -> None:
+        self.cache = cache
+        self.rope = rope
+
+
+class Enclave:
+    """n new tokens of a sequence: their span in its KV cache, their angles, and what partitions do with them.
+
+    Rows are [n, features] float32, one a token. Heads are grouped by the key head that they share:
+    [kv_heads, group, n, head_dim].
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, sequence: Sequence, length: int) -> None:
+        self.layers = range(spec.layers)
+        self._spec = spec
+        self._weights = weights
+        self._cache = sequence.cache
+        self._span = sequence.cache.extend(length)
+        self._cos, self._sin = sequence.rope.angles(self._span.position, length)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: [n] int64 -> [n, hidden]."""
+        return self._weights.embed(tokens)
+
+    def attention_norm(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return operators.rms_norm(x, self._weights.layers[layer].attention, self._spec.rms_norm_eps)
+
+    def mlp_norm(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return operators.rms_norm(x, self._weights.layers[layer].mlp, self._spec.rms_norm_eps)
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        return operators.rms_norm(x, self._weights.final_norm, self._spec.rms_norm_eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate | up: [n, 2 * intermediate] -> silu(gate) * up."""
+        return operators.silu_mul(gate_up)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual stream, in place."""
+        return x.add_(y)
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """q | k | v: [n, (heads + 2 kv_heads) * head_dim] -> context [n, heads * head_dim]."""
+        q, k, v = self.rotate(qkv)
+        return self.attention(layer, q, k, v)
+
+    def attend_elsewhere(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`attend`'s first part -> what QK and AV need: q, and the keys and values of all tokens so far."""
+        q, k, v = self.rotate(qkv)
+        self._cache.store(layer, self._span, k, v)
+        keys, values = self._cache.past(layer, self._span)
+        return self._grouped(q), keys, values
+
+    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """q k^T of all keys: [kv_heads, group, n, keys] -> probabilities; a token sees itself and those before it."""
+        new, keys = scores.shape[2:]
+        if new > 1:
+            later = torch.ones(new, keys, dtype=torch.bool).triu(keys - new + 1)
+            scores.masked_fill_(later, -math.inf)
+        return torch.softmax(scores.mul_(self._spec.head_dim**-0.5), dim=-1)
+
+    def rows(self, context: torch.Tensor) -> torch.Tensor:
+        """[kv_heads, group, n, head_dim] -> [n, heads * head_dim]."""
+        return context.permute(2, 0, 1, 3).reshape(context.shape[2], -1)
+
+    def rotate(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> q [n, heads, head_dim], k and v [n, kv_heads, head_dim], the first two with their angles."""
+        spec = self._spec
+        heads = qkv.view(len(qkv), spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        q_and_k = operators.rotate(heads[:, : spec.heads + spec.kv_heads], self._cos, self._sin)
+        return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
+
+    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Stores k and v, and attends to all keys so far -> context [n, heads * head_dim]."""
+        return self._cache.attend(layer, self._span, q, k, v)
+
+    def _grouped(self, q: torch.Tensor) -> torch.Tensor:
+        return q.view(len(q), self._spec.kv_heads, -1, self._spec.head_dim).permute(1, 2, 0, 3)

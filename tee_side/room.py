@@ -1,0 +1,54 @@
+"""How much room tensors get on their way: lanes, slots and bytes, from the options and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asynctsqp.config import EngineOptions
+from asynctsqp.errors import BadInputError
+from asynctsqp.layouts import OPERATIONS, Layouts
+from asynctsqp.limits import SLOT_ALIGNMENT, SLOTS
+from asynctsqp.model_spec import ModelSpec, Op
+
+DEFAULT_LANES = 2
+DEFAULT_CHUNK_TOKENS = 1024
+DEFAULT_SLOT_BYTES = 16 << 20
+# A call of attention scores is one call, as in the system that these partitions stand for, up to this size.
+SCORES_SLOT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Room:
+    """Lanes in flight, calls in flight on each, and the bytes that one call may have in either direction."""
+
+    lanes: int
+    slots: int
+    slot_bytes: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, layouts: Layouts, options: EngineOptions) -> Room:
+        """What the options say, or enough for a chunk up to a limit. Raises BadInputError for less than a row."""
+        operations = OPERATIONS[options.partition]
+        slots = 3 if Op.Q in operations else SLOTS  # q, k and v go out at once
+        sends_scores = Op.QK in operations  # the ladder's first rungs: one sequence at a time is enough
+        lanes = options.lanes or (1 if sends_scores else DEFAULT_LANES)
+        return cls(lanes, slots, _slot_bytes(spec, layouts, options))
+
+
+def _slot_bytes(spec: ModelSpec, layouts: Layouts, options: EngineOptions) -> int:
+    operations = OPERATIONS[options.partition]
+    row = max(layouts.of(op, 1, int(op in (Op.QK, Op.AV))).slot_bytes for op in operations)
+    if options.slot_bytes is not None:
+        if options.slot_bytes < row:
+            raise BadInputError(f"--slot-bytes is at least {row} for this model: one row of its widest call")
+        return options.slot_bytes
+    tokens = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
+    in_layer = operations - {Op.LM_HEAD}  # which is seldom asked for more than a row
+    keys = {op: tokens if op in (Op.QK, Op.AV) else 0 for op in in_layer}
+    chunk = max(layouts.of(op, tokens, keys[op]).slot_bytes for op in in_layer)
+    limit = SCORES_SLOT_BYTES if Op.QK in operations else DEFAULT_SLOT_BYTES
+    return _round_up(max(row, min(limit, chunk)))
+
+
+def _round_up(size: int) -> int:
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
