@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from asynctsqp.errors import BadInputError, NotBuiltError
 from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
+MESSAGES = ("binary", "msgpack")  # transports off shared memory
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 Options = TypeVar("Options")
 
@@ -55,15 +56,13 @@ class EngineOptions:
         "shielded",
         "what leaves the enclave",
         choices=("per-op", "batched", "shielded", "fused", "fused-layer"),
-        built=("shielded",),
     )
     transport: str = option(
         "auto",
         "how tensors travel; auto is shared memory where both sides see it",
         choices=("auto", "shm", "binary", "msgpack"),
-        built=("auto", "shm", "binary"),
     )
-    compress: str = option("none", "tensors off shared memory", choices=("none", "lz4", "zstd"), built=("none",))
+    compress: str = option("none", "tensors above 1 MiB that travel as messages", choices=("none", "lz4", "zstd"))
     protect: str = option(
         "none",
         "masks and checks on what the GPU side sees and answers",
@@ -81,23 +80,23 @@ class EngineOptions:
         type=int,
         metavar="N",
     )
-    slot_bytes: int | None = _size("of each of a lane's four slots (default: 16M, or what the model needs)")
+    slot_bytes: int | None = _size("of each slot, two a lane and direction (default: 16M, or what the model needs)")
     kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
-    doorbell: str = option(
-        "auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"), built=("auto", "on", "off")
-    )
+    doorbell: str = option("auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"))
     reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")
     threads: int | None = option(None, "for this side's tensor work (default: chosen)", type=int, metavar="N")
     shm_name: str | None = option(None, "name of the shared-memory region (default: random)", metavar="NAME")
     enclave: bool = _later(False, "enforce what an enclave must not do")
-    stats: bool = _later(False, "report where the time went")
-    log_rpc: str | None = _later(None, "one JSON line for each call", metavar="FILE")
-    trace: str | None = _later(None, "a timeline for Perfetto", metavar="FILE")
+    stats: bool = option(False, "report where the time went")
+    log_rpc: str | None = option(None, "one JSON line for each call; see python -m asynctsqp.report", metavar="FILE")
+    trace: str | None = option(None, "a timeline for Perfetto or chrome://tracing", metavar="FILE")
 
     def __post_init__(self) -> None:
         _parse_sizes(self)
         _check_types(self)
         _check_choices(self)
+        _check_combinations(self)
+        _check_built(self)
         _check_at_least(self, 1, "lanes", "chunk_tokens", "threads", "slot_bytes", "kv_memory")
         _check_at_least(self, 0, "reconnect_s")
         if self.lanes and self.lanes > MAX_LANES:
@@ -106,10 +105,8 @@ class EngineOptions:
             raise BadInputError(f"--threads is at most {MAX_THREADS}")
         if self.slot_bytes and self.slot_bytes % SLOT_ALIGNMENT:
             raise BadInputError(f"--slot-bytes must be a multiple of {SLOT_ALIGNMENT}")
-        if self.slot_bytes and self.transport == "binary" and self.slot_bytes > MAX_FRAME_BYTES:
+        if self.slot_bytes and self.transport in MESSAGES and self.slot_bytes > MAX_FRAME_BYTES:
             raise BadInputError(f"--slot-bytes is at most {MAX_FRAME_BYTES >> 20}M where tensors travel as messages")
-        if self.shm_name and self.transport == "binary":
-            raise BadInputError("--shm-name names shared memory, which --transport binary does not use")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +182,36 @@ def _flag(name: str) -> str:
 def _check_choices(options: Any) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        choices, built = field.metadata.get("choices"), field.metadata.get("built")
+        choices = field.metadata.get("choices")
         if choices and value not in choices:
             raise BadInputError(f"{_flag(field.name)} is one of {', '.join(map(str, choices))}, not {value!r}")
+
+
+def _check_combinations(options: EngineOptions) -> None:
+    """Values that are good by themselves and not together."""
+    if options.protect != "none" and options.partition != "shielded":
+        raise BadInputError(
+            f"--protect {options.protect} works with --partition shielded: {options.partition} shows the GPU side "
+            "more than linears, which is all that can be masked"
+        )
+    if options.compress != "none" and options.transport == "shm":
+        raise BadInputError(
+            f"--compress {options.compress} cannot help --transport shm: nothing is copied to a network there"
+        )
+    if options.compress != "none" and options.protect in ("mask", "full"):
+        raise BadInputError(
+            f"--compress {options.compress} cannot help --protect {options.protect}: masked tensors are uniformly "
+            "random, which no compression makes smaller"
+        )
+    if options.shm_name and options.transport in MESSAGES:
+        raise BadInputError(f"--shm-name names shared memory, which --transport {options.transport} does not use")
+    if options.doorbell == "on" and options.transport in MESSAGES:
+        raise BadInputError(f"--doorbell on needs shared memory, which --transport {options.transport} does not use")
+
+
+def _check_built(options: EngineOptions) -> None:
+    for field in dataclasses.fields(options):
+        value, built = getattr(options, field.name), field.metadata.get("built")
         if built and value not in built:
             shown = "" if isinstance(value, bool) else f" {value}"
             raise NotBuiltError(f"{_flag(field.name)}{shown} is not built yet")

@@ -30,9 +30,9 @@ import torch
 
 from asynctsqp.doorbell import RING_BYTES
 from asynctsqp.errors import SharedMemoryError
+from asynctsqp.layouts import Layout, tensors_in
 from asynctsqp.limits import MAX_LANES, MAX_SLOTS, SLOT_ALIGNMENT
 from asynctsqp.messages import NONCE_BYTES
-from asynctsqp.layouts import Layout, tensors_in
 
 # posix_ipc hands a name to C as it is, and crashes on some (a zero byte, for one)
 NAME = re.compile(r"/[A-Za-z0-9._-]{1,200}")

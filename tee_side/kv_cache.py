@@ -150,7 +150,6 @@ class KVCache:
             parts.append(operators.attend(grouped, block.keys[layer, :, own], block.values[layer, :, own], True))
         return operators.merge(parts).permute(2, 0, 1, 3).reshape(span.length, -1)
 
-
     def store(self, layer: int, span: Span, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [n, kv_heads, head_dim] of the span's tokens."""
         block, end = self._blocks[span.block], span.start + span.length

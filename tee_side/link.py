@@ -40,9 +40,7 @@ class Session:
 class Link:
     """Holds the current session. Make it with `open`, end it with `close`."""
 
-    def __init__(
-        self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, room: Room
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, room: Room) -> None:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
@@ -65,9 +63,7 @@ class Link:
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
-        hello = Hello(
-            0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition, options.compress
-        )
+        hello = Hello(0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition, options.compress)
         link = cls(endpoint, hello, options, layouts, room)
         link.session = await link._connect_within(options.reconnect_s)
         return link
@@ -129,7 +125,7 @@ class Link:
         if self._options.compress != "none":
             region.close()
             raise BadInputError(
-                f"--compress {self._options.compress} cannot help: tensors go through shared memory here, uncompressed; "
+                f"--compress {self._options.compress} cannot help: tensors go through shared memory here; "
                 "leave it out, or use --transport binary"
             )
         if self._doorbell:

@@ -82,9 +82,8 @@ class Offload:
                 if on_their_way and not self._lane.has_free_slot:
                     await self._receive(session, on_their_way.popleft())
                 slot = await self._lane.slot()
-                call = Call(
-                    session.connection.next_call_id(), op, layer, part.stop - part.start, keys, self._lane.index, slot.index
-                )
+                call_id, count = session.connection.next_call_id(), part.stop - part.start
+                call = Call(call_id, op, layer, count, keys, self._lane.index, slot.index)
                 given, wanted = cut(whole.inputs, inputs, part), cut(whole.outputs, outputs, part)
                 on_their_way.append(self._send(session, call, layout_of(call.rows), slot, given, wanted))
             while on_their_way:

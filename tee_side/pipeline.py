@@ -16,10 +16,10 @@ from asynctsqp.errors import CheckpointError, PromptError, ProtocolError, one_li
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.model_spec import Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
+from tee_side.enclave import Sequence as RunningSequence
 from tee_side.kv_cache import KVMemory
 from tee_side.lanes import Lanes
 from tee_side.link import Endpoint, Link
-from tee_side.enclave import Sequence as RunningSequence
 from tee_side.model import Model
 from tee_side.offload import Offload
 from tee_side.partitions import PARTITIONS
@@ -30,7 +30,6 @@ from tee_side.rope import Ropes
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.tokenizer import Prompt, TextStream, Tokenizer
 from tee_side.weights import Weights
-
 
 
 class Pipeline:

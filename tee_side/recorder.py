@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from asynctsqp.config import EngineOptions
 from asynctsqp.records import Records, RpcRecord, Span
-from asynctsqp.rpc_log import RpcLog
-from asynctsqp.trace import write_trace
 
 MOST = 2_000_000  # calls and operations that are kept: some hundred MiB
 
@@ -38,8 +35,6 @@ class Recorder:
         """Raises BadInputError for a file that cannot be written."""
         self.records = Records()
         self._keep = options.stats or options.trace is not None
-        self._log = None if options.log_rpc is None else RpcLog(Path(options.log_rpc))
-        self._trace = None if options.trace is None else Path(options.trace)
 
     @classmethod
     def wanted_by(cls, options: EngineOptions) -> Recorder | None:
@@ -47,8 +42,6 @@ class Recorder:
 
     def note(self, record: RpcRecord) -> None:
         """A call has come back."""
-        if self._log is not None:
-            self._log.write(record)
         if self._keep and len(self.records.rpcs) < MOST:
             self.records.rpcs.append(record)
 
@@ -61,10 +54,7 @@ class Recorder:
                 setattr(target, method, self._timed(getattr(target, method), name, lane))
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        if self._trace is not None:
-            write_trace(self.records, self._trace)
+        pass
 
     def _timed(self, operation: Callable[..., Any], name: str, lane: int) -> Callable[..., Any]:
         spans = self.records.spans

@@ -24,7 +24,7 @@ class RopeTable:
     def __init__(self, config: LlamaConfig) -> None:
         self._embedding = LlamaRotaryEmbedding(config)
         self._most = config.max_position_embeddings
-        self._table = _compute(self._embedding, 0, 0)
+        self._table = _compute(self._embedding, 0, 1)
 
     def angles(self, position: int, length: int) -> Angles:
         cos, sin = self._table
@@ -50,7 +50,7 @@ class Ropes:
     def __init__(self, config: LlamaConfig) -> None:
         self._config = config
         # the two for which transformers' dynamic_rope_update recomputes the frequencies
-        kind = LlamaRotaryEmbedding(config).rope_type
+        kind = str(LlamaRotaryEmbedding(config).rope_type)
         self._shared = None if "dynamic" in kind or kind == "longrope" else RopeTable(config)
 
     def for_sequence(self) -> Rope:
@@ -61,4 +61,4 @@ def _compute(embedding: LlamaRotaryEmbedding, position: int, length: int) -> Ang
     positions = torch.arange(position, position + length).unsqueeze(0)
     like = torch.empty(0)  # tells transformers which device and dtype we want
     cos, sin = embedding(like, positions)
-    return cos.view(length, 1, -1), sin.view(length, 1, -1)
+    return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
