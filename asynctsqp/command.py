@@ -14,7 +14,10 @@ from typing import Any
 import msgspec
 
 from asynctsqp.chat import chat
+from asynctsqp.config import EngineOptions
 from asynctsqp.engine import Engine
+from asynctsqp.layouts import OPERATIONS
+from asynctsqp.model_spec import Op
 from asynctsqp.summary import summary
 from tee_side.request import Completion, Piece, Progress
 
@@ -24,8 +27,7 @@ async def run(arguments: argparse.Namespace) -> None:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    if arguments.options.protect == "none":
-        print("asynctsqp.tee: warning: --protect none: the GPU side can read the activations", file=sys.stderr)
+    _warn(arguments.options)
     sampling = dataclasses.asdict(arguments.sampling)
     async with _engine(arguments) as engine:
         if arguments.text is None:
@@ -33,6 +35,19 @@ async def run(arguments: argparse.Namespace) -> None:
         else:
             prompt = [{"role": "user", "content": arguments.text}] if arguments.chat else arguments.text
             await _answer(engine, prompt, sampling, arguments.json)
+
+
+def _warn(options: EngineOptions) -> None:
+    """One line about what the GPU side can read, if it can."""
+    if options.protect != "none":
+        return
+    seen = "the activations"
+    if options.partition != "shielded":
+        seen += " and more than linears need"
+    if Op.EMBEDDING in OPERATIONS[options.partition]:
+        seen = "the token ids, the attention and the activations"
+    flags = "--protect none" if options.partition == "shielded" else f"--protect none, --partition {options.partition}"
+    print(f"asynctsqp.tee: warning: {flags}: the GPU side can read {seen}", file=sys.stderr)
 
 
 def _engine(arguments: argparse.Namespace) -> Engine:

@@ -44,7 +44,7 @@ class Link:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
-        self._layouts = layouts
+        self.layouts = layouts
         self._room = room
         self._doorbell = options.doorbell != "off" and doorbell.supported()
         self._recovery = asyncio.Lock()
@@ -100,7 +100,7 @@ class Link:
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, self._layouts)
+        return Session(connection, carrier, self.layouts)
 
     async def _greet(self, connection: Connection) -> None:
         answer = await connection.request(0, self._hello)
@@ -119,7 +119,7 @@ class Link:
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
         slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES)
         packed = options.transport == "msgpack"
-        return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
+        return MessageCarrier(slot_bytes, self.layouts.dtype, packed, Compression(options.compress))
 
     def _through(self, region: Region, connection: Connection) -> Carrier:
         if self._options.compress != "none":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.model_spec import Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from tee_side.enclave import Sequence as RunningSequence
-from tee_side.kv_cache import KVMemory
+from tee_side.kv_cache import KVCache, KVMemory
 from tee_side.lanes import Lanes
 from tee_side.link import Endpoint, Link
 from tee_side.model import Model
@@ -25,7 +26,7 @@ from tee_side.offload import Offload
 from tee_side.partitions import PARTITIONS
 from tee_side.recorder import Recorder
 from tee_side.request import Piece, Progress, RpcTotals
-from tee_side.room import DEFAULT_CHUNK_TOKENS, Room
+from tee_side.room import DEFAULT_CHUNK_TOKENS, Room, check_keys
 from tee_side.rope import Ropes
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.tokenizer import Prompt, TextStream, Tokenizer
@@ -40,6 +41,8 @@ class Pipeline:
     ) -> None:
         spec = checkpoint.spec
         self.spec = spec
+        self._options = options
+        self._layouts = link.layouts
         self._link = link
         self._lanes = lanes
         self._recorder = recorder
@@ -85,7 +88,7 @@ class Pipeline:
         progress.timing.load_s = self.load_s
         sampler = Sampler(sampling, self._defaults, self._end)
         text = TextStream(self._tokenizer, tokens, sampling.stop)
-        async with self._memory.sequence(len(tokens), most) as cache:
+        async with self._room_for(len(tokens), most) as cache:
             sequence = self._model.sequence(cache)
             async for token in self._tokens(tokens, most, sequence, sampler, progress):
                 ended = token in self._end
@@ -103,8 +106,14 @@ class Pipeline:
         ids = self._tokenizer.encode(tokens)
         if len(ids) > self.spec.max_positions:
             raise PromptError(f"{len(ids)} tokens, the model's context is {self.spec.max_positions}")
-        async with self._memory.sequence(len(ids), 0) as cache:
+        async with self._room_for(len(ids), 0) as cache:
             return await self._forward(ids, self._model.sequence(cache), RpcTotals(), last_only=False)
+
+    def _room_for(self, prompt_tokens: int, new_tokens: int) -> AbstractAsyncContextManager[KVCache]:
+        """Raises PromptError if they can never be run."""
+        slot_bytes = self._link.session.carrier.slot_bytes
+        check_keys(self._layouts, self._options.partition, slot_bytes, prompt_tokens + new_tokens)
+        return self._memory.sequence(prompt_tokens, new_tokens)
 
     async def _tokens(
         self, prompt: list[int], most: int, sequence: RunningSequence, sampler: Sampler, progress: Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asynctsqp.config import EngineOptions
-from asynctsqp.errors import BadInputError
+from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.limits import SLOT_ALIGNMENT, SLOTS
 from asynctsqp.model_spec import ModelSpec, Op
@@ -33,6 +33,18 @@ class Room:
         sends_scores = Op.QK in operations  # the ladder's first rungs: one sequence at a time is enough
         lanes = options.lanes or (1 if sends_scores else DEFAULT_LANES)
         return cls(lanes, slots, _slot_bytes(spec, layouts, options))
+
+
+def check_keys(layouts: Layouts, partition: str, slot_bytes: int, keys: int) -> None:
+    """Raises PromptError if attention to so many keys is asked for and one row of it does not fit a slot."""
+    needed = max(
+        (layouts.of(op, 1, keys).slot_bytes for op in OPERATIONS[partition] if op in (Op.QK, Op.AV)), default=0
+    )
+    if needed > slot_bytes:
+        raise PromptError(
+            f"{keys} tokens need slots of {needed} bytes in --partition {partition}: use a larger --slot-bytes, or "
+            "lower --max-new-tokens"
+        )
 
 
 def _slot_bytes(spec: ModelSpec, layouts: Layouts, options: EngineOptions) -> int:

@@ -23,7 +23,7 @@ O_PROJECTION = "model.layers.1.self_attn.o_proj.weight"
 
 
 def call(call_id: int = 5, op: int = Op.O, layer: int = 1, rows: int = 1, lane: int = 0, slot: int = 0) -> Call:
-    return Call(call_id, op, layer, rows, lane, slot)
+    return Call(call_id, op, layer, rows, 0, lane, slot)
 
 
 class GoodTee:

@@ -47,7 +47,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Callable[[str], Path]:
-    """name of models.TINY -> a directory with that random model, made once."""
+    """name of models.TINY or TINY_DEPTHS -> a directory with that random model, made once."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:

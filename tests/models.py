@@ -45,10 +45,16 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+# For counting calls: the depths of the models that the first counts were made with.
+TINY_DEPTHS = {
+    f"{layers}-layers": {"num_hidden_layers": layers, "max_position_embeddings": 4096} for layers in (1, 16, 22)
+}
+
+
 def save_tiny(directory: Path, name: str, tokenizer_from: Path, shard_size: str = "5GB") -> Path:
-    """A model of TINY with weights large enough that its tokens vary; deterministic."""
+    """A model of TINY or TINY_DEPTHS with weights large enough that its tokens vary; deterministic."""
     torch.manual_seed(sum(name.encode()))
-    model = LlamaForCausalLM(LlamaConfig(**(BASE | TINY[name])))
+    model = LlamaForCausalLM(LlamaConfig(**(BASE | (TINY | TINY_DEPTHS)[name])))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.15) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)

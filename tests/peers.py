@@ -14,6 +14,7 @@ import zmq
 from safetensors import safe_open
 
 from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.limits import SLOTS
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Call, Done, Hello, Welcome, decode_to_gpu, encode
 from asynctsqp.shm import Region
 
@@ -23,7 +24,7 @@ ALIVE = 15  # the tag of the message that says nothing
 
 def attach(call_id: int, name: str, lanes: int, slot_bytes: int) -> Attach:
     """The request to map a region, whose calls come through the socket."""
-    return Attach(call_id, name, lanes, slot_bytes, doorbell=False)
+    return Attach(call_id, name, lanes, SLOTS, slot_bytes, doorbell=False)
 
 
 class RawTee:
@@ -51,9 +52,9 @@ class RawTee:
         self.send(*frames)
         return self.receive()
 
-    def greet(self, model: Path, dtype: str = "float32") -> list[Any]:
+    def greet(self, model: Path, dtype: str = "float32", partition: str = "shielded") -> list[Any]:
         fingerprint = Checkpoint(model).fingerprint()
-        return self.ask(Hello(0, PROTOCOL_VERSION, fingerprint, dtype, "shielded"))[0]
+        return self.ask(Hello(0, PROTOCOL_VERSION, fingerprint, dtype, partition, "none"))[0]
 
     def close(self) -> None:
         self._socket.close()
@@ -112,12 +113,12 @@ class LyingGpu:
             case Hello():
                 return [[Welcome(message.call_id, "cpu")]]
             case Attach():
-                region = Region.attach(message.name, message.lanes, message.slot_bytes)
+                region = Region.attach(message.name, message.lanes, message.slots, message.slot_bytes)
                 nonce = region.nonce
                 region.close()
                 return [[Attached(message.call_id, nonce)]]
             case Call():
-                return [[Done(message.call_id, 0.0)]]
+                return [[Done(message.call_id, 0.0, 0.0)]]
         raise AssertionError(f"no such message: {message}")
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Call, Hello
@@ -61,7 +62,11 @@ def test_what_is_no_request_is_refused(
 
 
 BAD_CALLS: dict[str, Call] = {
-    "no such operation": call(op=5),
+    "no such operation": call(op=len(Op)),
+    "an operation of another partition": call(op=Op.QK),
+    "a part of a linear, which is of another partition": call(op=Op.Q),
+    "keys where there are none": replace(call(), keys=1),
+    "negative keys": replace(call(), keys=-1),
     "a negative operation": call(op=-1),
     "a huge operation": call(op=2**63 - 1),
     "no such layer": call(layer=LAYERS),
@@ -136,6 +141,8 @@ HELLOS: dict[str, dict[str, Any]] = {
     "no such dtype": {"dtype": "int8"},
     "a dtype of many lines": {"dtype": "float32\n" * 1000},
     "no such partition": {"partition": "whole"},
+    "no such compression": {"compress": "zip"},
+    "a compression of many lines": {"compress": "lz4\n" * 1000},
 }
 
 
@@ -143,9 +150,9 @@ HELLOS: dict[str, dict[str, Any]] = {
 def test_a_greeting_that_does_not_fit_is_refused(
     name: str, good: GoodTee, tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]
 ) -> None:
-    fitting = Hello(0, PROTOCOL_VERSION, Checkpoint(tiny_model("gqa")).fingerprint(), "float32", "shielded")
+    fitting = Hello(0, PROTOCOL_VERSION, Checkpoint(tiny_model("gqa")).fingerprint(), "float32", "shielded", "none")
     with raw_tee(tiny_gpu.endpoint) as peer:
-        fields, _ = peer.ask(msgspec.structs.replace(fitting, **HELLOS[name]))
+        fields, _ = peer.ask(replace(fitting, **HELLOS[name]))
         assert fields[:2] == [REFUSED, 0]
         assert fields[3] is True, "the asker's configuration is at fault"
         assert fields[2].isprintable()
@@ -172,8 +179,11 @@ def attach_cases(region: str) -> dict[str, Attach]:
         "no lanes": attach(6, region, 0, PAGE),
         "negative lanes": attach(6, region, -1, PAGE),
         "too many lanes": attach(6, region, 10**6, PAGE),
-        "no slots": attach(6, region, 1, 0),
-        "negative slots": attach(6, region, 1, -PAGE),
+        "no slots": replace(attach(6, region, 1, PAGE), slots=0),
+        "more slots than it holds": replace(attach(6, region, 1, PAGE), slots=3),
+        "too many slots": replace(attach(6, region, 1, PAGE), slots=10**6),
+        "empty slots": attach(6, region, 1, 0),
+        "slots of negative size": attach(6, region, 1, -PAGE),
         "slots of odd size": attach(6, region, 1, 100),
         "slots beyond 64 bits": attach(6, region, 64, 2**63 - PAGE),
     }

@@ -20,11 +20,13 @@ import torch
 from pathlib import Path
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
+from asynctsqp.layouts import Layouts
 from asynctsqp.model_spec import Op
 from tee_side.lanes import Lanes
 from tee_side.link import Link
 from tee_side.offload import Offload
 from tee_side.request import RpcTotals
+from tee_side.room import Room
 
 endpoint, model, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 checkpoint = Checkpoint(model)
@@ -34,9 +36,10 @@ async def address():
 
 async def live_and_die():
     options = EngineOptions(transport="shm", lanes=2)
-    link = await Link.open(address, checkpoint, options, 2, 1 << 20)
-    async with Lanes(2).take() as lane:
-        gpu = Offload(link, lane, checkpoint.spec, RpcTotals())
+    layouts = Layouts(checkpoint.spec, torch.float32)
+    link = await Link.open(address, checkpoint, options, layouts, Room(2, 2, 1 << 20))
+    async with Lanes(2, 2).take() as lane:
+        gpu = Offload(link, lane, RpcTotals(), None)
         for rows in (1, 700):
             await gpu.linear(Op.QKV, 0, torch.ones(rows, 64))
         asyncio.get_running_loop().call_later(0.001, os.kill, os.getpid(), signal.SIGKILL)

@@ -14,10 +14,10 @@ import pytest
 
 import asynctsqp
 from asynctsqp.doorbell import ENTRIES, Ring
+from asynctsqp.limits import SLOTS
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Wake, Welcome, encode
-from asynctsqp.model_spec import Op
 from asynctsqp.shm import Region
-from tests.clients import ATTACHED, DONE, HIDDEN, PAGE, REFUSED, WELCOME, GoodTee
+from tests.clients import ATTACHED, DONE, HIDDEN, PAGE, REFUSED, WELCOME, GoodTee, call
 from tests.conftest import GpuProcess
 from tests.peers import RawTee, lying_gpu, raw_tee
 from tests.processes import ROOT, shared_memory_names, wait_until
@@ -60,9 +60,9 @@ DAMAGE: dict[str, Damage] = {
     "garbage": message(b"\xc1\xff"),
     "text that is no text": message(b"\x94\x0e\x01\xa1\xff\xc2"),
     "an unknown kind of message": message(msgspec.msgpack.encode([99, 1])),
-    "a message that has no place here": message(encode(Hello(1, 1, b"", "float32", "shielded"))),
+    "a message that has no place here": message(encode(Hello(1, 1, b"", "float32", "shielded", "none"))),
     "a handshake's answer": message(encode(Welcome(1, "cpu"))),
-    "an answer that nobody asked for": message(encode(Done(2**40, 0.0))),
+    "an answer that nobody asked for": message(encode(Done(2**40, 0.0, 0.0))),
     "a wake": message(encode(Wake())),
     "being alive": message(msgspec.msgpack.encode([15])),
     "being alive again and again": message(*[msgspec.msgpack.encode([15])] * ENTRIES),
@@ -74,7 +74,7 @@ def test_a_gpu_side_that_breaks_its_ring(name: str, tiny_model: Callable[[str], 
     regions: list[Region] = []
 
     def attached(request: Attach) -> list[list[Attached]]:
-        region = Region.attach(request.name, request.lanes, request.slot_bytes)
+        region = Region.attach(request.name, request.lanes, request.slots, request.slot_bytes)
         regions.append(region)
         assert request.doorbell
         ring = region.answer_ring()
@@ -101,15 +101,15 @@ class RingTee:
     def __init__(self, peer: RawTee, model: Path) -> None:
         assert peer.greet(model)[0] == WELCOME
         self.peer = peer
-        self.region = Region.create(None, 1, PAGE)
+        self.region = Region.create(None, 1, SLOTS, PAGE)
         try:
-            assert peer.ask(Attach(1, self.region.name, 1, PAGE, doorbell=True))[0][0] == ATTACHED
+            assert peer.ask(Attach(1, self.region.name, 1, SLOTS, PAGE, doorbell=True))[0][0] == ATTACHED
         finally:
             self.region.unlink()
         self.calls, self.answers = Ring(self.region.call_ring()), Ring(self.region.answer_ring())
 
     def push(self, call_id: int) -> None:
-        if self.calls.push(encode(Call(call_id, Op.O, 1, 1, 0, 0))):
+        if self.calls.push(encode(call(call_id))):
             self.peer.send(Wake())
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def test_a_tee_side_that_breaks_its_ring_is_forgotten(
         DAMAGE[name](ring)
         ring.release()
         tee.peer.send(Wake())
-        forgotten = lambda: tee.peer.ask(Call(7, Op.O, 1, 1, 0, 0), bytes(4 * HIDDEN))[0][0] == REFUSED  # noqa: E731
+        forgotten = lambda: tee.peer.ask(call(7), bytes(4 * HIDDEN))[0][0] == REFUSED  # noqa: E731
         assert wait_until(forgotten)
         good.check()
 

@@ -19,6 +19,7 @@ from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Refused, Wel
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.rpc import Connection
 from asynctsqp.sockets import MAX_FRAME_BYTES
+from tests.clients import call
 from tests.peers import Lie, lying_gpu
 from tests.processes import shared_memory_names
 
@@ -48,13 +49,13 @@ def zeros(model: Path, extra: int = 0) -> Lie:
     spec = ModelSpec.read(model / "config.json")
 
     def lie(call: Any) -> list[list[Any]]:
-        return [[Done(call.call_id, 0.0), bytes(call.rows * spec.linears[Op(call.op)].out_features * 4 + extra)]]
+        return [[Done(call.call_id, 0.0, 0.0), bytes(call.rows * spec.linears[Op(call.op)].out_features * 4 + extra)]]
 
     return lie
 
 
 def done(call_id: int) -> bytes:
-    return msgspec.msgpack.encode([13, call_id, 0.0])
+    return msgspec.msgpack.encode([13, call_id, 0.0, 0.0])
 
 
 CALL_LIES: dict[str, Lie] = {
@@ -62,25 +63,28 @@ CALL_LIES: dict[str, Lie] = {
     "an empty message": lambda call: [[b""]],
     "an unknown kind of message": lambda call: [[msgspec.msgpack.encode([99, call.call_id])]],
     "a message for the other direction": lambda call: [[call]],
-    "too few fields": lambda call: [[msgspec.msgpack.encode([13, call.call_id])]],
-    "too many fields": lambda call: [[msgspec.msgpack.encode([13, call.call_id, 0.0, 0.0])]],
-    "fields of other types": lambda call: [[msgspec.msgpack.encode([13, "one", None])]],
+    "too few fields": lambda call: [[msgspec.msgpack.encode([13, call.call_id, 0.0])]],
+    "too many fields": lambda call: [[msgspec.msgpack.encode([13, call.call_id, 0.0, 0.0, None, 0])]],
+    "fields of other types": lambda call: [[msgspec.msgpack.encode([13, "one", None, None])]],
     "text that is no text": lambda call: [[b"\x94\x0e" + msgspec.msgpack.encode(call.call_id) + b"\xa1\xff\xc2"]],
     "a deeply nested message": lambda call: [[b"\x91" * 100_000]],
-    "an unknown call": lambda call: [[Done(call.call_id + 1000, 0.0)]],
-    "a negative call": lambda call: [[Done(-1, 0.0)]],
+    "an unknown call": lambda call: [[Done(call.call_id + 1000, 0.0, 0.0)]],
+    "a negative call": lambda call: [[Done(-1, 0.0, 0.0)]],
     "a call of the past": lambda call: [[Welcome(0, "cpu")]],
     "a welcome": lambda call: [[Welcome(call.call_id, "cpu")]],
     "an attached": lambda call: [[Attached(call.call_id, b"")]],
-    "three frames": lambda call: [[Done(call.call_id, 0.0), b"", b""]],
-    "a hundred frames": lambda call: [[Done(call.call_id, 0.0), *[b"x"] * 100]],
-    "the answer twice": lambda call: [[Done(call.call_id, 0.0)]] * 2,
+    "three frames": lambda call: [[Done(call.call_id, 0.0, 0.0), b"", b""]],
+    "a hundred frames": lambda call: [[Done(call.call_id, 0.0, 0.0), *[b"x"] * 100]],
+    "the answer twice": lambda call: [[Done(call.call_id, 0.0, 0.0)]] * 2,
+    "nothing inside the message": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"")]],
+    "a tensor of one byte inside the message": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x")]],
+    "a tensor inside and one beside": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x"), b"x"]],
     "a refusal of many lines": lambda call: [[Refused(call.call_id, LONG_REASON, bad_input=True)]],
     "an empty refusal": lambda call: [[Refused(call.call_id, "", bad_input=False)]],
 }
 
 
-@pytest.mark.parametrize("transport", ["shm", "binary"])
+@pytest.mark.parametrize("transport", ["shm", "binary", "msgpack"])
 @pytest.mark.parametrize("name", CALL_LIES)
 def test_a_lie_about_a_call_ends_with_one_error(name: str, transport: str, tiny_model: Callable[[str], Path]) -> None:
     with lying_gpu({Call: CALL_LIES[name]}) as gpu, pytest.raises(asynctsqp.GpuSideError) as caught:
@@ -99,7 +103,7 @@ def test_a_tensor_of_another_size_is_refused(extra: int, tiny_model: Callable[[s
 
 def test_no_tensor_where_one_is_due_is_refused(tiny_model: Callable[[str], Path]) -> None:
     with (
-        lying_gpu({Call: lambda call: [[Done(call.call_id, 0.0)]]}) as gpu,
+        lying_gpu({Call: lambda call: [[Done(call.call_id, 0.0, 0.0)]]}) as gpu,
         pytest.raises(asynctsqp.GpuSideError) as caught,
     ):
         answer(tiny_model("gqa"), gpu.endpoint, transport="binary")
@@ -119,7 +123,12 @@ def test_numbers_that_are_none_do_not_break_the_sampler(value: float, tiny_model
     spec = ModelSpec.read(model / "config.json")
 
     def lie(call: Any) -> list[list[Any]]:
-        return [[Done(call.call_id, value), torch.full((call.rows, spec.linears[Op(call.op)].out_features), value)]]
+        return [
+            [
+                Done(call.call_id, value, value),
+                torch.full((call.rows, spec.linears[Op(call.op)].out_features), value),
+            ]
+        ]
 
     def as_bytes(call: Any) -> list[list[Any]]:
         return [[message, tensor.numpy().tobytes()] for message, tensor in lie(call)]
@@ -135,9 +144,12 @@ def test_numbers_that_are_none_do_not_break_the_sampler(value: float, tiny_model
 
 HELLO_LIES: dict[str, Lie] = {
     "undecodable bytes": lambda hello: [[b"\xc1"]],
-    "an answer to a call": lambda hello: [[Done(hello.call_id, 0.0)]],
+    "an answer to a call": lambda hello: [[Done(hello.call_id, 0.0, 0.0)]],
     "another call's answer": lambda hello: [[Welcome(7, "cpu")]],
     "three frames": lambda hello: [[Welcome(hello.call_id, "cpu"), b"", b""]],
+    "nothing inside the message": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"")]],
+    "a tensor of one byte inside the message": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x")]],
+    "a tensor inside and one beside": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x"), b"x"]],
     "a refusal of many lines": lambda hello: [[Refused(hello.call_id, LONG_REASON, bad_input=False)]],
 }
 
@@ -199,11 +211,11 @@ def test_a_call_without_answer_ends_at_its_deadline_and_fails_all_others() -> No
         settled: list[int] = []
         try:
             calls = [
-                connection.call(1, Call(1, 0, 0, 1, 0, 0), deadline_s=60, settled=lambda: settled.append(1)),
-                connection.call(2, Call(2, 0, 0, 1, 0, 1), deadline_s=0.5, settled=lambda: settled.append(2)),
+                connection.call(1, call(1, slot=0), deadline_s=60, settled=lambda: settled.append(1)),
+                connection.call(2, call(2, slot=1), deadline_s=0.5, settled=lambda: settled.append(2)),
             ]
             errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
-            late = connection.call(3, Call(3, 0, 0, 1, 0, 0), settled=lambda: settled.append(3))
+            late = connection.call(3, call(3, slot=0), settled=lambda: settled.append(3))
             return [*errors, *await asyncio.gather(late, return_exceptions=True), sorted(settled)]
         finally:
             connection.close()
@@ -230,7 +242,7 @@ def test_messages_without_end_do_not_stop_the_deadline() -> None:
         connection = await Connection.open(endpoint, MAX_FRAME_BYTES)
         try:
             with pytest.raises(asynctsqp.GpuSideError):
-                await connection.call(1, Call(1, 0, 0, 1, 0, 0), deadline_s=0.5)
+                await connection.call(1, call(1, slot=0), deadline_s=0.5)
             return over.is_set()
         finally:
             connection.close()
