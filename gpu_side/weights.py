@@ -9,6 +9,7 @@ import torch
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.model_spec import LinearSpec, Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
+from gpu_side import memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,11 @@ class Weights:
     """Every linear of one checkpoint in one dtype on one device."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-        """Reads and fuses all of it: seconds to minutes. Peak memory is the result and one tensor."""
+        """Reads and fuses all of it: seconds to minutes. Peak memory is the result and one tensor.
+
+        Raises BadInputError before that where it does not fit.
+        """
+        memory.check(checkpoint, WIRE_DTYPES[dtype], device)
         self._checkpoint = checkpoint
         self._dtype = WIRE_DTYPES[dtype]
         self._device = device
