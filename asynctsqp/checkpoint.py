@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 SAMPLE_BYTES = 256
 SAMPLES_PER_TENSOR = 4
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-NAME_CHARACTERS = 40  # in a message
+NAME_CHARACTERS = 28  # in a message that has to fit a refusal
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 

@@ -57,8 +57,8 @@ class RandomTensor:
         """values: [n], becomes the elements from number `first`, the beginning of a draw."""
         stream = np.random.PCG64(self.seed).advance(first // PER_DRAW)
         for block in values.split(BLOCK):
-            draws = torch.from_numpy(stream.random_raw(-(-len(block) // PER_DRAW)))
-            pieces = draws.view(torch.int16)[: len(block)]
+            draws = stream.random_raw(-(-len(block) // PER_DRAW))
+            pieces = torch.from_numpy(draws.view(np.int16))[: len(block)]
             block.copy_(pieces.float().mul_(self.std / INT16_STD).add_(self.mean))
 
 

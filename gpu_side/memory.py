@@ -16,7 +16,7 @@ def check(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> N
     arithmetic = f"{parameters:,} parameters x {dtype.itemsize} bytes"
     if device.type == "cpu":  # a tensor is read as the file has it, next to what it becomes a part of
         reading = max(tensor.size for tensor in checkpoint.tensors.values())
-        needed, arithmetic = needed + reading, f"{arithmetic} + {gib(reading)} to read them"
+        needed, arithmetic = needed + reading, f"{arithmetic} + {gib(reading)} to read"
     narrower = needed - parameters * (dtype.itemsize - 2) <= free
     advice = "use --dtype bfloat16 or a smaller model" if narrower else "use a smaller model"
     refuse_if_too_large(f"{checkpoint.name} in {str(dtype).removeprefix('torch.')}", needed, arithmetic, free, advice)
