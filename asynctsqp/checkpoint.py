@@ -101,7 +101,7 @@ class Checkpoint:
         """`model` is a directory, a hub id, or random:NAME; a hub id is downloaded once into the hub's own cache."""
         if model.startswith(PREFIX):
             return cls(shapes_directory(model.removeprefix(PREFIX)), random_weights=True)
-        if Path(model).is_dir():
+        if os.path.isdir(model):  # unlike Path.is_dir, says no to what is too long for a name
             return cls(Path(model))
         if HUB_ID.fullmatch(model) and not model.startswith("."):
             return cls(_download(model))

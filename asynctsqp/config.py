@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from asynctsqp.errors import BadInputError, NotBuiltError
 from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
-MODEL_HELP = "a directory, a hub id, or random:NAME: random weights in the shapes of a model that is known by NAME"
+MODEL_HELP = "a directory, a hub id, or as random:llama-3.1-8b: random weights in the shapes of a known model"
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 Options = TypeVar("Options")
 

@@ -61,9 +61,9 @@ def _headroom(group: Path, limit_file: str, usage_file: str, prefix: str) -> Ite
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """'name number ...' lines."""
-    words = (line.split() for line in _lines(file))
-    return {name: int(number) for name, number, *_ in words}
+    """Of lines as 'name number ...'."""
+    lines = (line.split() for line in _lines(file))
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def _lines(file: Path) -> list[str]:

@@ -8,8 +8,9 @@ promises not to change, scaled and rounded by IEEE arithmetic: any numpy and tor
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ PREFIX = "random:"
 SHAPES = Path(__file__).parent / "random_models"
 PER_DRAW = 4  # elements of 16 bits in each 64-bit number of the stream
 BLOCK = 1 << 17  # elements at a time, so that what lies between stream and result stays in the cache
-INT16_STD = 65536 / 12**0.5  # of whole numbers that are uniform over 16 bits
+INT16_STD = 65536 / sqrt(12)  # of whole numbers that are uniform over 16 bits
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def shapes_directory(name: str) -> Path:
     known = sorted(directory.name for directory in SHAPES.iterdir())
     if name in known:
         return SHAPES / name
-    if (Path(name) / "config.json").is_file():
+    if os.path.isfile(os.path.join(name, "config.json")):  # unlike Path.is_file, says no to whatever is no name
         return Path(name)
     raise CheckpointError(
         f"there is no random model {name!r}: take {', '.join(known)}, or a directory with a config.json"
@@ -85,10 +86,10 @@ def random_tensors(name: str, spec: ModelSpec) -> dict[str, RandomTensor]:
     """
     return {
         tensor: RandomTensor(
-            seed=int.from_bytes(hashlib.sha256(f"{name} {tensor}".encode()).digest()),
+            seed=int.from_bytes(hashlib.sha256(os.fsencode(f"{name} {tensor}")).digest()),
             shape=shape,
             mean=1.0 if tensor.endswith("norm.weight") else 0.0,
-            std=shape[-1] ** -0.5,
+            std=1 / sqrt(shape[-1]),
         )
         for tensor, shape in spec.tensor_shapes().items()
     }

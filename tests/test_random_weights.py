@@ -110,6 +110,12 @@ def test_norms_are_near_one(tmp_path: Path) -> None:
     assert (norms - 1).abs().max() < 0.25
 
 
+def test_a_directory_whose_name_is_no_text(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.find(save_shapes(tmp_path / "caf\udce9"))
+    assert checkpoint.name == "random:caf?"
+    assert checkpoint.read(UP).isfinite().all()
+
+
 def test_the_sides_have_the_same_model(tmp_path: Path) -> None:
     model = save_shapes(tmp_path / "tiny", tie_word_embeddings=True)
     trusted = TeeWeights(Checkpoint.find(model))
@@ -171,7 +177,9 @@ def test_text_is_bytes_in_every_known_model() -> None:
         assert tokenizer.decode([31_000]) == ""
 
 
-@pytest.mark.parametrize("name", ["random:", "random:gpt2", "random:llama-3.1-405b", "random:/no/such/directory"])
+@pytest.mark.parametrize(
+    "name", ["random:", "random:gpt2", "random:llama-3.1-405b", "random:/no/such/directory", "random:" + 5000 * "x"]
+)
 def test_an_unknown_name(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert_one_error(run_tee("--model", name, "--prompt", "Hello"), 2, *PARAMETERS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -16,6 +18,8 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.errors import BadInputError
 from asynctsqp.memory import free_host_bytes
 from asynctsqp.random_weights import RandomTensor
+from gpu_side import executor
+from gpu_side.server import Server
 from gpu_side.weights import Weights as GpuWeights
 from tee_side.weights import Weights as TeeWeights
 from tests.conftest import GpuProcess
@@ -86,12 +90,33 @@ def test_a_greeting_is_refused_and_the_next_one_heard(huge: str, start_gpu: Call
         assert_one_error(ended, 2, f"random:huge in {dtype} needs", "use a smaller model")
 
 
+def test_one_load_at_a_time(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or two would be promised the same memory."""
+    running: list[str] = []
+    most: list[int] = []
+
+    def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> str:
+        running.append(dtype)
+        time.sleep(0.05)
+        most.append(len(running))
+        running.remove(dtype)
+        return dtype
+
+    async def run() -> list[str]:
+        server = Server(mock.Mock(), tiny, executor.choose("cpu"), None)
+        return await asyncio.gather(*(server.weights(dtype) for dtype in ("float32", "bfloat16", "float16")))
+
+    monkeypatch.setattr("gpu_side.server.Weights", load)
+    assert asyncio.run(run()) == ["float32", "bfloat16", "float16"]
+    assert most == [1, 1, 1]
+
+
 def test_free_memory_is_less_than_all_of_it() -> None:
     assert 0 < free_host_bytes() < psutil.virtual_memory().total
 
 
 MEMINFO = {
-    "proc/meminfo": "MemTotal:    4096000 kB\nMemFree:    1000 kB\nMemAvailable:    2048000 kB\nHugePages_Total:  0\n"
+    "proc/meminfo": "MemTotal:    4096000 kB\nMemFree:    1000 kB\nMemAvailable:    2048000 kB\nHugePages_Total:  0\n\n"
 }
 V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
 OURS = {"proc/self/cgroup": "0::/ours/inner\n"}
