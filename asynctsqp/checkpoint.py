@@ -18,12 +18,14 @@ import torch
 
 from asynctsqp.errors import CheckpointError, one_line
 from asynctsqp.model_spec import ModelSpec
+from asynctsqp.random_weights import PREFIX, RandomTensor, random_tensors, shapes_directory
 from asynctsqp.tensor_codec import FILE_DTYPES, bytes_of
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 SAMPLE_BYTES = 256
 SAMPLES_PER_TENSOR = 4
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NAME_CHARACTERS = 28  # in a message that has to fit a refusal
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
@@ -69,15 +71,23 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """A checked model directory: its spec, and where each tensor lies."""
+    """A checked model directory: its spec, and where each tensor lies or how it is made.
 
-    def __init__(self, directory: Path) -> None:
-        """Raises CheckpointError in one line for anything missing, damaged or not a LLaMA."""
+    directory: has config and tokenizer; name: what people call it; model: where another process finds it.
+    """
+
+    def __init__(self, directory: Path, random_weights: bool = False) -> None:
+        """random_weights: made by asynctsqp.random_weights, whether or not the directory holds any.
+
+        Raises CheckpointError in one line for anything missing, damaged or not a LLaMA.
+        """
         self.directory = directory
         self.spec = ModelSpec.read(directory / "config.json")
-        self.tensors: dict[str, TensorEntry] = {}
-        for file in _weight_files(directory):
-            self.tensors |= _read_header(file)
+        prefix, base = PREFIX if random_weights else "", directory.resolve().name
+        self.name = one_line(prefix + base, NAME_CHARACTERS)
+        self.model = f"{prefix}{directory}"
+        self.tensors: dict[str, TensorEntry] | dict[str, RandomTensor]
+        self.tensors = random_tensors(base, self.spec) if random_weights else _read_headers(directory)
         for name, shape in self.spec.tensor_shapes().items():
             if name not in self.tensors:
                 raise CheckpointError(f"{directory} holds no tensor {name}, which its config.json asks for")
@@ -88,8 +98,10 @@ class Checkpoint:
 
     @classmethod
     def find(cls, model: str) -> Checkpoint:
-        """`model` is a directory or a hub id; a hub id is downloaded once into the hub's own cache."""
-        if Path(model).is_dir():
+        """`model` is a directory, a hub id, or random:NAME; a hub id is downloaded once into the hub's own cache."""
+        if model.startswith(PREFIX):
+            return cls(shapes_directory(model.removeprefix(PREFIX)), random_weights=True)
+        if os.path.isdir(model):  # unlike Path.is_dir, says no to what is too long for a name
             return cls(Path(model))
         if HUB_ID.fullmatch(model) and not model.startswith("."):
             return cls(_download(model))
@@ -122,7 +134,7 @@ def short(fingerprint: bytes) -> str:
     return fingerprint.hex()[:12]
 
 
-def _sample_starts(entry: TensorEntry) -> range:
+def _sample_starts(entry: TensorEntry | RandomTensor) -> range:
     """Where to look in a tensor: all of it for a norm or bias, else a few places spread over it."""
     if len(entry.shape) == 1:
         return range(0, entry.size, SAMPLE_BYTES)
@@ -152,6 +164,13 @@ def _weight_files(directory: Path) -> list[Path]:
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} names a file outside its own directory")
     return [directory / name for name in sorted(names)]
+
+
+def _read_headers(directory: Path) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for file in _weight_files(directory):
+        tensors |= _read_header(file)
+    return tensors
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:

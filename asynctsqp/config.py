@@ -18,6 +18,7 @@ from asynctsqp.errors import BadInputError, NotBuiltError
 from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
 MESSAGES = ("binary", "msgpack")  # transports off shared memory
+MODEL_HELP = "a directory, a hub id, or as random:llama-3.1-8b: random weights in the shapes of a known model"
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
 Options = TypeVar("Options")
 

@@ -124,7 +124,7 @@ class Engine:
     def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:
             return _fixed(self._gpu)
-        local = self._local = LocalGpuSide(str(checkpoint.directory), self.options.dtype, threads)
+        local = self._local = LocalGpuSide(checkpoint.model, self.options.dtype, threads)
 
         async def endpoint() -> str:
             return await asyncio.to_thread(local.endpoint)

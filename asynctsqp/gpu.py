@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from asynctsqp.config import OneLineParser
+from asynctsqp.config import MODEL_HELP, OneLineParser
 from asynctsqp.cores import default_threads, openmp
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError
@@ -32,7 +32,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="asynctsqp.gpu", description="Serve a LLaMA's matrix products to TEE sides.")
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--bind", default=DEFAULT_BIND, metavar="ENDPOINT", help="tcp://HOST:PORT or ipc://PATH")
     where.add_argument(

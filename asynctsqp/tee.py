@@ -10,7 +10,14 @@ import signal
 import sys
 from pathlib import Path
 
-from asynctsqp.config import EngineOptions, OneLineParser, SamplingOptions, add_arguments, from_arguments
+from asynctsqp.config import (
+    MODEL_HELP,
+    EngineOptions,
+    OneLineParser,
+    SamplingOptions,
+    add_arguments,
+    from_arguments,
+)
 from asynctsqp.cores import openmp
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
@@ -48,7 +55,7 @@ def _drop_output() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="asynctsqp.tee", description="Answer a prompt with the heavy products elsewhere.")
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--gpu", metavar="ENDPOINT", help="of a GPU side (default: start a local one, and stop it)")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: standard input; a chat where that is a terminal")

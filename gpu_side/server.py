@@ -60,6 +60,7 @@ class Server:
         self._executor = executor
         self._dtype = dtype
         self._weights: dict[str, asyncio.Task[Weights]] = {}
+        self._making = asyncio.Lock()
         self._clients: dict[bytes, Client] = {}
         self._greeting: set[bytes] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,9 +84,12 @@ class Server:
         """The weights in a dtype; made once, however many clients ask at the same time."""
         known = self._weights.get(dtype)
         if known is None or (known.done() and known.exception() is not None):  # a load that failed is tried again
-            make = asyncio.to_thread(Weights, self._checkpoint, dtype, self._executor.device)
-            self._weights[dtype] = asyncio.create_task(make)
+            self._weights[dtype] = asyncio.create_task(self._make(dtype))
         return await asyncio.shield(self._weights[dtype])
+
+    async def _make(self, dtype: str) -> Weights:
+        async with self._making:  # one after another: each is checked against the memory that is left by then
+            return await asyncio.to_thread(Weights, self._checkpoint, dtype, self._executor.device)
 
     def _dispatch(self, identity: bytes, frames: list[memoryview]) -> None:
         try:

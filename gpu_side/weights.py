@@ -10,6 +10,7 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import PARTS, LinearSpec, Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
+from gpu_side import memory
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class Weights:
     """Everything of one checkpoint in one dtype on one device."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-        """Reads and fuses all linears: seconds to minutes. Peak memory is the result and one tensor."""
+        """Reads and fuses all linears: seconds to minutes. Peak memory is the result and one tensor.
+
+        Raises BadInputError before that where it does not fit.
+        """
+        memory.check(checkpoint, memory.linear_parameters(checkpoint.spec), WIRE_DTYPES[dtype], device)
         self._checkpoint = checkpoint
         self._dtype = WIRE_DTYPES[dtype]
         self._device = device
@@ -82,8 +87,10 @@ class Weights:
         return self._embedding
 
     def prepare(self, partition: str) -> None:
-        """Reads what only this partition needs; not for the event loop."""
+        """Reads what only this partition needs; not for the event loop. Raises BadInputError where it does not fit."""
+        spec = self._checkpoint.spec
         if Op.EMBEDDING in OPERATIONS[partition] and self._embedding is None:
+            memory.check(self._checkpoint, spec.vocab_size * spec.hidden_size, self._dtype, self._device)
             self._embedding = self._checkpoint.read("model.embed_tokens.weight").to(self._device, self._dtype)
 
     def _norm(self, layer: int, name: str) -> torch.Tensor:

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.memory import free_host_bytes, refuse_if_too_large
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,10 @@ class Weights:
     """Norms in float32; the embedding as the file has it, since casting it would double the largest part."""
 
     def __init__(self, checkpoint: Checkpoint, embedding: bool) -> None:
-        """embedding: whether it is needed here."""
-        self._embedding = checkpoint.read("model.embed_tokens.weight") if embedding else torch.empty(0)
+        """embedding: whether it is needed here. Raises BadInputError, before it is read, where it does not fit."""
+        if embedding:
+            _check_embedding(checkpoint)
+        self._embedding = checkpoint.read(EMBEDDING) if embedding else torch.empty(0)
         self.final_norm = checkpoint.read("model.norm.weight").float()
         self.layers = tuple(
             Norms(
@@ -36,3 +41,10 @@ class Weights:
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [n] int64 -> [n, hidden] float32."""
         return F.embedding(tokens, self._embedding).float()
+
+
+def _check_embedding(checkpoint: Checkpoint) -> None:
+    tensor = checkpoint.tensors[EMBEDDING]
+    arithmetic = f"{tensor.size // tensor.dtype.itemsize:,} parameters x {tensor.dtype.itemsize} bytes"
+    what = f"the embedding of {checkpoint.name}"
+    refuse_if_too_large(what, tensor.size, arithmetic, free_host_bytes(), "use a smaller model")
