@@ -7,15 +7,18 @@ benchmarks.transport_ways: msgpack messages and raw frames, each over ZeroMQ's i
 shared memory. Medians, in ms, of the way from the parent to the child:
 
 - serialise: from the tensor to what the transport takes; for shared memory the copy into the slot.
-- send: until the transport's call returns. ZeroMQ goes on sending in a thread of its own.
-- receive: from there until the child has the message in hand; 0 where it has it before.
+- send: until the transport's call returns (ZeroMQ goes on sending in a thread of its own), or until the child has
+  the message, which may be earlier where the parent loses its core to the child.
+- receive: from there until the child has the message in hand.
 - deserialise: until the child has a tensor whose values the parent cannot change; for shared memory the copy out.
-- total: from the begin of serialise to the end of deserialise, by itself: not the sum of the medians.
+- total: all four, exchange by exchange: its median is not the sum of theirs.
 - round trip: until the parent has the tensor that the child sent back the same way.
 
 Both processes read CLOCK_MONOTONIC, which is one clock on a machine, so their times are compared as they are. The ways
 take turns, A B C A B C, `--rounds` times for each size; in each turn the first exchange is checked, and not counted.
 Sockets are blocking, without an event loop; shared memory is announced by a header over ipc, without the doorbell.
+With more than one thread the parent should be started with what asynctsqp.cores.openmp() says: its idle threads would
+spin on the child's cores otherwise.
 
 "memcpys" in the table is the total in units of the floor: one thread's memcpy at the rate measured for 64 MiB.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asynctsqp.cores import openmp
 from asynctsqp.shm import Region
 from benchmarks.harness import Worker, WorkerFailed
 from benchmarks.transport_ways import COLUMNS, ROW_BYTES, Sockets, Way
@@ -52,15 +53,16 @@ def take(way: Way) -> tuple[Taken, torch.Tensor]:
 
 
 def steps(there: Put, taken: Taken) -> dict[str, float]:
-    """The STEPS of one way, in ms.
+    """The STEPS of one way, in ms; the last is the sum of the others.
 
-    A message may arrive before its sender returns from sending, which then waits for a core: receiving takes 0 then,
-    and the total is less than the sum.
+    A message may be there before its sender returns from sending, whose core the receiver was given: then sending
+    has ended with that, and receiving takes 0.
     """
+    sent = min(there.sent, taken.received)
     spans = (
         there.serialised - there.began,
-        there.sent - there.serialised,
-        max(0, taken.received - there.sent),
+        sent - there.serialised,
+        taken.received - sent,
         taken.ready - taken.received,
         taken.ready - there.began,
     )
@@ -103,7 +105,7 @@ def echo(largest: int, threads: int) -> Iterator[Echo]:
     """Starts the child and connects every way. largest: bytes of a tensor. Raises SharedMemoryError, WorkerFailed."""
     sockets = Sockets()
     try:
-        with Worker("the echo", "benchmarks.transport_child", {}) as worker:
+        with Worker("the echo", "benchmarks.transport_child", openmp()) as worker:
             worker.ask("connect", threads=threads, **sockets.bind())
             region = Region.create(None, 1, slot_bytes(largest))
             try:

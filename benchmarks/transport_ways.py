@@ -123,7 +123,7 @@ class Sockets:
         """To new addresses, which are returned. The ipc one is abstract (Linux): no file that could be left behind."""
         self.ipc.bind(f"ipc://@asynctsqp-{secrets.token_hex(8)}")
         self.tcp.bind("tcp://127.0.0.1:*")
-        return {"ipc": self.ipc.last_endpoint.decode(), "tcp": self.tcp.last_endpoint.decode()}
+        return {"ipc": _endpoint(self.ipc), "tcp": _endpoint(self.tcp)}
 
     def connect(self, ipc: str, tcp: str) -> None:
         self.ipc.connect(ipc)
@@ -148,6 +148,11 @@ class Sockets:
         socket.setsockopt(zmq.RCVTIMEO, TIMEOUT_MS)
         socket.setsockopt(zmq.SNDTIMEO, TIMEOUT_MS)
         return socket
+
+
+def _endpoint(socket: zmq.Socket[bytes]) -> str:
+    bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)
+    return bound.rstrip(b"\0").decode()
 
 
 def _header(tensor: torch.Tensor) -> bytes:

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import control_formats, transport_verdicts
 from benchmarks.figures import Interval, sign_interval
+from benchmarks.transport_exchange import Put, Taken, steps
 
 WAYS = {"ipc-msgpack", "tcp-msgpack", "ipc-frame", "tcp-frame", "shared-memory"}
 TIMES = {f"{name}_ms" for name in ("serialise", "send", "receive", "deserialise", "total", "round_trip")}
@@ -61,6 +62,14 @@ def test_every_way_is_measured_at_every_size(results: dict[str, Any]) -> None:
             assert way["samples"] > 0
     assert results["memcpy_bytes_per_s"] > 0
     assert results["predecessor_ms"]["total"] == 21.2
+
+
+def test_the_steps_of_one_exchange_are_its_total() -> None:
+    """In ns, written down by hand: a message on its way, and one that is there before its sender has gone on."""
+    apart = steps(Put(10_000, 12_000, 15_000), Taken(20_000, 27_000))
+    early = steps(Put(10_000, 12_000, 35_000), Taken(20_000, 27_000))
+    assert list(apart.values()) == pytest.approx([0.002, 0.003, 0.005, 0.007, 0.017])
+    assert list(early.values()) == pytest.approx([0.002, 0.008, 0.0, 0.007, 0.017])
 
 
 def test_what_was_not_measured_is_not_judged(results: dict[str, Any]) -> None:
