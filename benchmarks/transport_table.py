@@ -63,7 +63,12 @@ def _verdicts(results: Mapping[str, Any]) -> Iterator[str]:
             f"{size(int(each['bytes']))}: tcp/ipc {each['ratio']:.3f} (rounds: {each['low']:.3f} to {each['high']:.3f})"
             for each in one["sizes"]
         )
-        yield f"{WORDS[one['confirmed']]} for {one['messages']} messages: {one['claim']}. {found}"
+        doubt = (
+            ""
+            if one["certain"] or one["confirmed"] is None
+            else " (but the rounds are too few or scatter too much to be sure)"
+        )
+        yield f"{WORDS[one['confirmed']]}{doubt}, {one['messages']} messages: {one['claim']}. {found}"
     slot = results["shared_memory"]
     found = "" if slot["confirmed"] is None else f"{slot['write_ms']:.2f} + {slot['read_ms']:.2f} ms"
     yield f"{WORDS[slot['confirmed']]}: {slot['claim']}. {found}"

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.figures import compare
+from benchmarks.figures import CONFIDENCE, compare
 
 # Of a tensor of 10 MB over the predecessor's msgpack messages, on its own machine: ms
 SEED_BYTES = 10 << 20
 SEED_MS = {"serialise": 7.5, "send": 1.9, "receive": 10.6, "deserialise": 1.2, "total": 21.2}
 
-LARGE_BYTES = 10 << 20  # from here on ipc and tcp were found to differ by less than LARGE_DIFFERENCE
-LARGE_DIFFERENCE = 0.02
-SMALL_BYTES = 1 << 10  # below, by a factor of between LEAST_FACTOR and MOST_FACTOR
-LEAST_FACTOR, MOST_FACTOR = 10.0, 100.0
+# Where the predecessor found the ratio of tcp to ipc: from LARGE_BYTES on, and below SMALL_BYTES (either way round)
+LARGE_BYTES = 10 << 20
+LARGE = "tcp and ipc differ by less than 2 % from 10 MiB on"
+LARGE_ZONES = ((0.98, 1.02),)
+SMALL_BYTES = 1 << 10
+SMALL = "tcp and ipc differ by 10 to 100 times below 1 KiB"
+SMALL_ZONES = ((0.01, 0.1), (10.0, 100.0))
 
 TARGET_BYTES = 8 << 20  # written into and read out of shared memory in less than TARGET_MS
 TARGET_MS = 1.0
 
+Zones = tuple[tuple[float, float], ...]
 Row = Mapping[str, Any]  # of results["sizes"], see benchmarks.transport
 
 
 def ipc_against_tcp(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For both claims and both kinds of message: whether all sizes that the claim speaks of confirm it, or None.
+    """For both claims and both kinds of message: whether all sizes that it speaks of confirm it, or None.
 
     ratio: tcp's median round trip by ipc's; low, high: the sign test's interval of a round's ratio.
     """
-    large = f"tcp and ipc differ by less than {LARGE_DIFFERENCE:.0%} from {LARGE_BYTES >> 20} MiB on"
-    small = f"tcp and ipc differ by {LEAST_FACTOR:.0f} to {MOST_FACTOR:.0f} times below {SMALL_BYTES >> 10} KiB"
     verdicts = []
     for kind in ("msgpack", "frame"):
         ratios = [_ratio(row, kind) for row in rows]
-        verdicts.append(_verdict(large, kind, [one for one in ratios if one["bytes"] >= LARGE_BYTES], _nearly_same))
-        verdicts.append(_verdict(small, kind, [one for one in ratios if one["bytes"] < SMALL_BYTES], _far_apart))
+        large = [one for one in ratios if one["bytes"] >= LARGE_BYTES]
+        small = [one for one in ratios if one["bytes"] < SMALL_BYTES]
+        verdicts.append({"claim": LARGE, "messages": kind, **_verdict(large, LARGE_ZONES)})
+        verdicts.append({"claim": SMALL, "messages": kind, **_verdict(small, SMALL_ZONES)})
     return verdicts
 
 
@@ -42,22 +47,22 @@ def _ratio(row: Row, kind: str) -> dict[str, float]:
     rounds = [ways[f"{wire}-{kind}"]["round_trip_of_rounds_ms"] for wire in ("tcp", "ipc")]
     interval = compare(*rounds).interval
     ratio = ways[f"tcp-{kind}"]["round_trip_ms"] / ways[f"ipc-{kind}"]["round_trip_ms"]
-    return {"bytes": row["bytes"], "ratio": ratio, "low": interval.low, "high": interval.high}
+    return {"bytes": row["bytes"], "ratio": ratio, **dataclasses.asdict(interval)}
 
 
-def _verdict(
-    claim: str, kind: str, ratios: Sequence[dict[str, float]], holds: Callable[[float], bool]
-) -> dict[str, Any]:
-    confirmed = all(holds(one["ratio"]) for one in ratios) if ratios else None
-    return {"claim": claim, "messages": kind, "confirmed": confirmed, "sizes": list(ratios)}
+def _verdict(ratios: Sequence[Mapping[str, float]], zones: Zones) -> dict[str, Any]:
+    """By the ratios alone; certain where their intervals say the same: all inside a zone, or one outside of all.
 
-
-def _nearly_same(ratio: float) -> bool:
-    return abs(ratio - 1) < LARGE_DIFFERENCE
-
-
-def _far_apart(ratio: float) -> bool:
-    return LEAST_FACTOR <= max(ratio, 1 / ratio) <= MOST_FACTOR
+    Fewer rounds than such an interval needs (six) make nothing certain.
+    """
+    if not ratios:
+        return {"confirmed": None, "certain": False, "sizes": []}
+    confirmed = all(any(low <= one["ratio"] <= high for low, high in zones) for one in ratios)
+    inside = all(any(low <= one["low"] and one["high"] <= high for low, high in zones) for one in ratios)
+    outside = any(all(one["high"] < low or high < one["low"] for low, high in zones) for one in ratios)
+    enough = all(one["confidence"] >= CONFIDENCE for one in ratios)
+    certain = enough and (inside if confirmed else outside)
+    return {"confirmed": confirmed, "certain": certain, "sizes": list(ratios)}
 
 
 def shared_memory(rows: Sequence[Row]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ tensors are views of them; shared memory is copied out first.
 from __future__ import annotations
 
 import secrets
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgpack
 import torch
@@ -151,8 +151,8 @@ class Sockets:
 
 
 def _endpoint(socket: zmq.Socket[bytes]) -> str:
-    bound: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)
-    return bound.rstrip(b"\0").decode()
+    bound: Any = socket.getsockopt(zmq.LAST_ENDPOINT)
+    return str(bound.rstrip(b"\0"), "ascii")
 
 
 def _header(tensor: torch.Tensor) -> bytes:

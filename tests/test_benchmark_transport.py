@@ -110,30 +110,43 @@ def test_the_headers_are_what_others_write() -> None:
     assert protobuf == bytes(byte for field in range(1, 7) for byte in (field << 3, field))
 
 
-def way(round_trip_ms: float) -> dict[str, Any]:
-    return {"round_trip_ms": round_trip_ms, "round_trip_of_rounds_ms": [round_trip_ms], "serialise_ms": 0.4}
+def way(*rounds_ms: float) -> dict[str, Any]:
+    """Of the given round trips; the median is the middle one."""
+    middle = sorted(rounds_ms)[len(rounds_ms) // 2]
+    return {"round_trip_ms": middle, "round_trip_of_rounds_ms": list(rounds_ms), "serialise_ms": 0.4}
 
 
-def row(count: int, ipc: float, tcp: float, read: float = 0.5) -> dict[str, Any]:
-    messages = {f"{wire}-{kind}": way(ms) for wire, ms in (("ipc", ipc), ("tcp", tcp)) for kind in ("msgpack", "frame")}
+def row(count: int, ipc: float, *tcp: float, read: float = 0.5) -> dict[str, Any]:
+    messages = {f"ipc-{kind}": way(*[ipc] * len(tcp)) for kind in ("msgpack", "frame")}
+    messages |= {f"tcp-{kind}": way(*tcp) for kind in ("msgpack", "frame")}
     return {"bytes": count, "ways": messages | {"shared-memory": way(1.0) | {"deserialise_ms": read}}}
 
 
 @pytest.mark.parametrize(
-    ("large", "small", "expected"),
-    [((10.0, 10.1), (1.0, 20.0), True), ((10.0, 9.9), (50.0, 1.0), True), ((10.0, 10.3), (1.0, 1.2), False)],
+    ("large", "small", "confirmed", "certain"),
+    [
+        ((10.0, 10.1, 10.0, 10.1), (1.0, 20.0, 21.0, 22.0), True, True),
+        ((10.0, 9.9, 9.9, 9.9), (50.0, 1.0, 1.0, 1.0), True, True),
+        ((10.0, 9.0, 10.1, 12.0), (1.0, 5.0, 20.0, 30.0), True, False),
+        ((10.0, 10.3, 10.4, 10.5), (1.0, 1.2, 1.1, 1.3), False, True),
+        ((10.0, 9.0, 11.0, 12.0), (1.0, 1.2, 1.3, 12.0), False, False),
+    ],
 )
 def test_the_claims_are_judged_by_the_figures(
-    large: tuple[float, float], small: tuple[float, float], expected: bool
+    large: tuple[float, ...], small: tuple[float, ...], confirmed: bool, certain: bool
 ) -> None:
-    verdicts = transport_verdicts.ipc_against_tcp([row(256, *small), row(4096, 1, 5), row(10 << 20, *large)])
-    assert [one["confirmed"] for one in verdicts] == [expected] * 4
-    assert [one["sizes"][0]["bytes"] for one in verdicts] == [10 << 20, 256] * 2
+    def verdicts(times: int) -> list[dict[str, Any]]:
+        few = row(256, small[0], *small[1:] * times), row(10 << 20, large[0], *large[1:] * times)
+        return transport_verdicts.ipc_against_tcp([*few, row(4096, 1.0, 5.0)])
+
+    assert [(one["confirmed"], one["certain"]) for one in verdicts(3)] == [(confirmed, certain)] * 4
+    assert [(one["confirmed"], one["certain"]) for one in verdicts(1)] == [(confirmed, False)] * 4
+    assert [[size["bytes"] for size in one["sizes"]] for one in verdicts(1)] == [[10 << 20], [256]] * 2
 
 
 @pytest.mark.parametrize(("read", "expected"), [(0.5, True), (0.7, False)])
 def test_the_target_of_shared_memory_is_judged_by_the_figures(read: float, expected: bool) -> None:
-    assert transport_verdicts.shared_memory([row(8 << 20, 1, 1, read)])["confirmed"] is expected
+    assert transport_verdicts.shared_memory([row(8 << 20, 1, 1, read=read)])["confirmed"] is expected
 
 
 def test_a_single_round_has_an_interval() -> None:
