@@ -7,6 +7,7 @@ narrower than what any one of them does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -45,7 +46,7 @@ def offset_of(rpcs: Sequence[RpcRecord]) -> ClockOffset:
     else:
         half = (highest - lowest) / 2
     offset = lowest + half
-    return ClockOffset(offset, max(half, float(np.spacing(abs(offset)))))
+    return ClockOffset(offset, max(half, math.ulp(offset)))
 
 
 def computations(rpcs: Sequence[RpcRecord], clock: ClockOffset) -> FloatArray:
