@@ -76,7 +76,7 @@ def _fewer_calls(traffic: Traffic) -> str:
 def _fewer_bytes(traffic: Traffic) -> str:
     mib = traffic.bytes_moved / (1 << 20)
     if traffic.shared:
-        return f"--dtype bfloat16 halves the {mib:.1f} MiB that float32 tensors take"
+        return f"--dtype bfloat16 halves what float32 tensors take, {mib:.1f} MiB here"
     return (
         f"{mib:.1f} MiB went off shared memory: use --transport shm where both sides are on one machine, "
         "else --dtype bfloat16, and --compress where the link is slow"

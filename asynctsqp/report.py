@@ -77,7 +77,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
         from asynctsqp.rpc_report_table import show
 
-        show(report, Console())
+        console = Console()
+        with console.capture() as shown:  # rich would end the process itself when nobody reads
+            show(report, console)
+        print(shown.get(), end="")
 
 
 if __name__ == "__main__":

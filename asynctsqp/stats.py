@@ -67,8 +67,9 @@ class Stats(msgspec.Struct, frozen=True):
 def stats_of(records: Records, start_at: float, end_at: float) -> Stats:
     """The statistics of the wall time from start_at to end_at, seconds on the TEE side's clock."""
     wall_s = max(end_at - start_at, 0.0)
-    clock = offset_of(records.rpcs)  # of all: more calls tell the offset better
-    rpcs = [rpc for rpc in records.rpcs if rpc.end_at > start_at and rpc.start_at < end_at]
+    everything = list(records.rpcs)  # another answer, in another thread, may still add to them
+    clock = offset_of(everything)  # not only of this answer's: more calls tell the offset better
+    rpcs = [rpc for rpc in everything if rpc.end_at > start_at and rpc.start_at < end_at]
     spans = [span for span in records.spans if span.end_at > start_at and span.start_at < end_at]
 
     bounds = _clipped(boundaries(rpcs), start_at, wall_s)

@@ -15,7 +15,7 @@ import msgspec
 from asynctsqp.clock import ClockOffset, computations, offset_of
 from asynctsqp.output_file import cannot_write, open_output
 from asynctsqp.phases import DECODE, ENCODE, PHASES, RECEIVE, SEND, WAIT, boundaries
-from asynctsqp.records import Records, RpcRecord
+from asynctsqp.records import Records, RpcRecord, Span
 from asynctsqp.trace_tracks import rows_of
 
 TEE, GPU = 1, 2  # process ids
@@ -42,11 +42,12 @@ def write_trace(records: Records, file: Path) -> ClockOffset:
 
     Raises BadInputError where the file cannot be written.
     """
-    clock = offset_of(records.rpcs)
+    rpcs, spans = list(records.rpcs), list(records.spans)  # another thread may still add to them
+    clock = offset_of(rpcs)
     out = open_output(file, "the trace")
     try:
         with out:
-            _write(out, clock, _events(records, clock))
+            _write(out, clock, _events(rpcs, spans, clock))
     except OSError as error:
         raise cannot_write(file, "the trace", error) from None
     return clock
@@ -57,26 +58,29 @@ def _write(out: BinaryIO, clock: ClockOffset, events: Iterator[Event]) -> None:
     encode = msgspec.json.Encoder().encode
     about = {"clock_offset_s": clock.offset_s, "clock_offset_error_s": clock.error_s}
     out.write(b'{"displayTimeUnit":"ns","otherData":' + encode(about) + b',"traceEvents":[\n')
-    out.write(encode({"name": "process_name", "ph": "M", "pid": TEE, "tid": 0, "args": {"name": PROCESSES[TEE]}}))
+    out.write(encode(_process_name(TEE)))  # the one event without a comma before it
     for event in events:
         out.write(b",\n" + encode(event))
     out.write(b"\n]}\n")
 
 
-def _events(records: Records, clock: ClockOffset) -> Iterator[Event]:
-    yield {"name": "process_name", "ph": "M", "pid": GPU, "tid": 0, "args": {"name": PROCESSES[GPU]}}
-    starts = [rpc.start_at for rpc in records.rpcs] + [span.start_at for span in records.spans]
-    first_at = min(starts, default=0.0)
-    # rows of six, and of two: the boundaries of each call's phases, and of its computation
-    calls = _nanoseconds(boundaries(records.rpcs).tolist(), first_at)
-    gpu = _nanoseconds(computations(records.rpcs, clock).tolist(), first_at)
-    spans = _nanoseconds([[span.start_at, max(span.start_at, span.end_at)] for span in records.spans], first_at)
+def _events(rpcs: Sequence[RpcRecord], spans: Sequence[Span], clock: ClockOffset) -> Iterator[Event]:
+    yield _process_name(GPU)
+    first_at = min([rpc.start_at for rpc in rpcs] + [span.start_at for span in spans], default=0.0)
+    # Rows of six and of two: the boundaries of each call's phases, and of its computation.
+    calls = _nanoseconds(boundaries(rpcs).tolist(), first_at)
+    gpu = _nanoseconds(computations(rpcs, clock).tolist(), first_at)
+    own = _nanoseconds([[span.start_at, max(span.start_at, span.end_at)] for span in spans], first_at)
 
-    slices = [_Slice(TEE, s.lane, begin, end, s.name, {}) for s, (begin, end) in zip(records.spans, spans, strict=True)]
-    for call, (rpc, times, computed) in enumerate(zip(records.rpcs, calls, gpu, strict=True)):
+    slices = [_Slice(TEE, s.lane, begin, end, s.name, {}) for s, (begin, end) in zip(spans, own, strict=True)]
+    for call, (rpc, times, computed) in enumerate(zip(rpcs, calls, gpu, strict=True)):
         slices += _call_slices(call, rpc, times, computed)
         yield from _flight(call, rpc, times)
     yield from _tracks(slices)
+
+
+def _process_name(process: int) -> Event:
+    return {"name": "process_name", "ph": "M", "pid": process, "tid": 0, "args": {"name": PROCESSES[process]}}
 
 
 def _nanoseconds(rows: Iterable[Iterable[float]], first_at: float) -> list[list[int]]:

@@ -20,9 +20,7 @@ from tests.timelines import call, records
 
 Event = dict[str, Any]
 
-runs = st.builds(
-    records, st.lists(timelines.calls | timelines.lies, max_size=8), st.lists(timelines.spans, max_size=8)
-)
+runs = st.builds(records, st.lists(timelines.calls | timelines.lies, max_size=8), st.lists(timelines.spans, max_size=8))
 
 
 @pytest.fixture(scope="session")
