@@ -145,6 +145,16 @@ def test_a_run_by_hand() -> None:
     assert (stats.bytes_sent, stats.bytes_received) == (2 << 20, 0)
 
 
+def test_what_lies_outside_the_wall_time_is_not_counted() -> None:
+    calls = [call(start_at=at, wait_s=2.0, bytes_sent=1) for at in (0.0, 2.0, 5.0, 9.0)]
+    spans = [Span("SILU", 0, at, at + 1.0) for at in (0.0, 4.0, 8.0)]
+    stats = stats_of(records(calls, spans), 3.0, 6.0)
+    assert [(row.count, row.total_s) for row in stats.gpu] == [(2, 0.0)]
+    assert [(row.count, row.total_s) for row in stats.tee] == [(1, 1.0)]
+    assert {row.count for row in stats.communication} == {2}
+    assert stats.bytes_sent == 2
+
+
 def test_nothing_happened() -> None:
     stats = stats_of(Records(), 3.0, 3.0)
     assert stats.wall_s == 0

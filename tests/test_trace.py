@@ -113,8 +113,8 @@ def test_a_run_by_hand(tmp_path: Path) -> None:
     assert ("decode", 6.5, 1.0) in seconds
     gpu = [(event["ts"] / 1e6, event["dur"] / 1e6) for event in of(events, "X") if event["pid"] == 2]
     assert gpu == [(2.0, 4.0), (5.0, 1.0)]
-    waits = [event["ts"] / 1e6 for event in of(events, "b") if event["name"] == "wait"]
-    assert waits == [2.5, 3.5]
+    waits = [(event["ph"], event["ts"] / 1e6) for event in of(events, "b", "e") if event["name"] == "wait"]
+    assert waits == [("b", 2.5), ("e", 6.5), ("b", 3.5), ("e", 8.5)]
 
 
 def test_slices_that_cross_get_another_track(tmp_path: Path) -> None:
