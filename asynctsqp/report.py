@@ -58,14 +58,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from asynctsqp.rpc_log import read_log
+    from asynctsqp.reports.rpc_log import read_log
 
     rpcs = read_log(arguments.file, lambda line: print(f"asynctsqp.report: warning: {line}", file=sys.stderr))
-    from asynctsqp.rpc_report import report_of  # numpy: after the file has been read
+    from asynctsqp.reports.rpc_report import report_of  # numpy: after the file has been read
 
     report = report_of(rpcs)
     if arguments.plot is not None:
-        from asynctsqp.rpc_plot import plot
+        from asynctsqp.reports.rpc_plot import plot
 
         plot(report, arguments.plot)
     if arguments.json:
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         from rich.console import Console
 
-        from asynctsqp.rpc_report_table import show
+        from asynctsqp.reports.rpc_report_table import show
 
         console = Console()
         with console.capture() as shown:  # rich would end the process itself when nobody reads

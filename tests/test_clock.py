@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asynctsqp.clock import ClockOffset, computations, offset_of
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.clock import ClockOffset, computations, offset_of
+from asynctsqp.reports.records import RpcRecord
 from tests import timelines
 from tests.timelines import call, offset_by_trying, window
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from asynctsqp.records import RpcRecord
-from asynctsqp.rpc_log import RpcLog
+from asynctsqp.reports.records import RpcRecord
+from asynctsqp.reports.rpc_log import RpcLog
 from tests.processes import ROOT, Ended, assert_one_error, run_main
 from tests.timelines import call
 

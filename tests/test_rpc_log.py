@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asynctsqp.errors import BadInputError
-from asynctsqp.output_file import BUFFER_BYTES
-from asynctsqp.records import RpcRecord
-from asynctsqp.rpc_log import MAX_LINE_BYTES, RpcLog, read_log
+from asynctsqp.reports.output_file import BUFFER_BYTES
+from asynctsqp.reports.records import RpcRecord
+from asynctsqp.reports.rpc_log import MAX_LINE_BYTES, RpcLog, read_log
 from tests import timelines
 from tests.timelines import CALL, call
 

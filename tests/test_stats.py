@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asynctsqp import stats_table
-from asynctsqp.category import Category
-from asynctsqp.records import Records, RpcRecord, Span
-from asynctsqp.stats import Stats, stats_of
+from asynctsqp.reports import stats_table
+from asynctsqp.reports.category import Category
+from asynctsqp.reports.records import Records, RpcRecord, Span
+from asynctsqp.reports.stats import Stats, stats_of
 from tests import timelines
 from tests.timelines import call, computed_by_trying, offset_by_trying, records
 

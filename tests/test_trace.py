@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asynctsqp.errors import BadInputError
-from asynctsqp.records import Records, Span
-from asynctsqp.trace import write_trace
+from asynctsqp.reports.records import Records, Span
+from asynctsqp.reports.trace import write_trace
 from tests import timelines
 from tests.timelines import call, records
 

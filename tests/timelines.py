@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from asynctsqp.records import Records, RpcRecord, Span
+from asynctsqp.reports.records import Records, RpcRecord, Span
 
 OFFSETS = range(-200, 201)  # all that strategies below can lead to
 

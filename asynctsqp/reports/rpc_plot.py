@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from asynctsqp.errors import BadInputError
-from asynctsqp.output_file import cannot_write, open_output
-from asynctsqp.rpc_report import PARTS, RpcReport
+from asynctsqp.reports.output_file import cannot_write, open_output
+from asynctsqp.reports.rpc_report import PARTS, RpcReport
 
 
 def plot(report: RpcReport, file: Path) -> None:

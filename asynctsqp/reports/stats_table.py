@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asynctsqp.stats import Row, Stats
+from asynctsqp.reports.stats import Row, Stats
 
 MIB = 1 << 20
+WIDTH = 100  # of a report that goes to no terminal
+
+
+def rendered(stats: Stats) -> str:
+    """What `show` prints, as wide as the terminal or as a report in a file is."""
+    console = Console(width=None if sys.stderr.isatty() else WIDTH, stderr=True)
+    with console.capture() as capture:
+        show(stats, console)
+    return capture.get().rstrip()
 
 
 def show(stats: Stats, console: Console) -> None:

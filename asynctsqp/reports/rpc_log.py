@@ -9,8 +9,8 @@ from typing import BinaryIO, get_type_hints
 import msgspec
 
 from asynctsqp.errors import BadInputError, one_line
-from asynctsqp.output_file import cannot_write, open_output
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.output_file import cannot_write, open_output
+from asynctsqp.reports.records import RpcRecord
 
 MAX_LINE_BYTES = 1 << 16  # a record takes some hundred; a longer line is not ours
 MAX_NAME = 40

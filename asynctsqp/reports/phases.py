@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.records import RpcRecord
 
 FloatArray: TypeAlias = NDArray[np.float64]
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
-from asynctsqp.category import COMMUNICATION, Category
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.category import COMMUNICATION, Category
+from asynctsqp.reports.records import RpcRecord
 
 SMALL_CALL_BYTES = 256 << 10  # below, a call's cost is its messages and wake-ups, above, it is its bytes
 WARN_SHARE = 0.5

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from asynctsqp.phases import FloatArray
+from asynctsqp.reports.phases import FloatArray
 
 
 class Sweep:

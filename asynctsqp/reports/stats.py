@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from asynctsqp.advice import advise, traffic_of
-from asynctsqp.attribution import Sweep
-from asynctsqp.category import Category
-from asynctsqp.clock import ClockOffset, computations, offset_of
-from asynctsqp.phases import DECODE, ENCODE, RECEIVE, SEND, FloatArray, boundaries, phase
-from asynctsqp.records import Records, Span
+from asynctsqp.reports.advice import advise, traffic_of
+from asynctsqp.reports.attribution import Sweep
+from asynctsqp.reports.category import Category
+from asynctsqp.reports.clock import ClockOffset, computations, offset_of
+from asynctsqp.reports.phases import DECODE, ENCODE, RECEIVE, SEND, FloatArray, boundaries, phase
+from asynctsqp.reports.records import Records, Span
 
 
 class Row(msgspec.Struct, frozen=True):

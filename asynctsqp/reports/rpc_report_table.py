@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asynctsqp.phases import PHASES
-from asynctsqp.rpc_report import Method, RpcReport
+from asynctsqp.reports.phases import PHASES
+from asynctsqp.reports.rpc_report import Method, RpcReport
 
 SHOWN = (*PHASES[:3], "gpu", "on the way", *PHASES[3:])  # wait, and the two parts of it
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from asynctsqp.phases import FloatArray, boundaries, claims, in_flight
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.phases import FloatArray, boundaries, claims, in_flight
+from asynctsqp.reports.records import RpcRecord
 
 
 class ClockOffset(msgspec.Struct, frozen=True):

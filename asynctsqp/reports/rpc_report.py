@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from asynctsqp.advice import advise, traffic_of
-from asynctsqp.category import Category
-from asynctsqp.phases import PHASES, FloatArray, boundaries, claims
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.advice import advise, traffic_of
+from asynctsqp.reports.category import Category
+from asynctsqp.reports.phases import PHASES, FloatArray, boundaries, claims
+from asynctsqp.reports.records import RpcRecord
 
 # The parts of a call that follow each other: its wait is the computation and the way there and back.
 PARTS = {

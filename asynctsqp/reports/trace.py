@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import msgspec
 
-from asynctsqp.clock import ClockOffset, computations, offset_of
-from asynctsqp.output_file import cannot_write, open_output
-from asynctsqp.phases import DECODE, ENCODE, PHASES, RECEIVE, SEND, WAIT, boundaries
-from asynctsqp.records import Records, RpcRecord, Span
-from asynctsqp.trace_tracks import rows_of
+from asynctsqp.reports.clock import ClockOffset, computations, offset_of
+from asynctsqp.reports.output_file import cannot_write, open_output
+from asynctsqp.reports.phases import DECODE, ENCODE, PHASES, RECEIVE, SEND, WAIT, boundaries
+from asynctsqp.reports.records import Records, RpcRecord, Span
+from asynctsqp.reports.trace_tracks import rows_of
 
 TEE, GPU = 1, 2  # process ids
 PROCESSES = {TEE: "TEE side", GPU: "GPU side"}
