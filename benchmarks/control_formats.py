@@ -125,7 +125,7 @@ def _protobuf() -> Format:
 
 
 def _flatbuffers_encode(values: Values) -> bytes:
-    """table Call { call_id: uint64; op: uint8; layer: uint16; rows: uint32; keys: uint32; lane: uint8; slot: uint8; }"""
+    """table Call { call_id: uint64; op: uint8; layer: uint16; rows, keys: uint32; lane, slot: uint8; }"""
     call_id, op, layer, rows, keys, lane, slot = values
     builder = flatbuffers.Builder(64)
     builder.StartObject(len(FIELDS))
