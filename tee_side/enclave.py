@@ -1,19 +1,21 @@
-"""The operations of one forward pass over one sequence that stay inside, whatever the partition."""
+"""The operations of one forward pass that stay inside, whatever the partition."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from asynctsqp import operators
 from asynctsqp.model_spec import ModelSpec
-from tee_side.kv_cache import KVCache
-from tee_side.rope import Rope
+from tee_side.kv_cache import KVCache, Span
+from tee_side.rope import Angles, Rope
 from tee_side.weights import Weights
 
 
-class Sequence:
+class RunningSequence:
     """What a running sequence keeps between forward passes."""
 
     def __init__(self, cache: KVCache, rope: Rope) -> None:
@@ -21,20 +23,41 @@ class Sequence:
         self.rope = rope
 
 
-class Enclave:
-    """n new tokens of a sequence: their span in its KV cache, their angles, and what partitions do with them.
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one sequence."""
 
-    Rows are [n, features] float32, one a token. Heads are grouped by the key head that they share:
-    [kv_heads, group, n, head_dim].
+    cache: KVCache
+    span: Span
+    rows: slice
+
+
+class Enclave:
+    """One micro-batch: some next tokens of one sequence, or of several, and what partitions do with them.
+
+    Rows are [n, features] float32, one a token, a sequence's rows together. Heads are grouped by the key head that
+    they share: [kv_heads, group, n, head_dim].
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, sequence: Sequence, length: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, parts: Sequence[tuple[RunningSequence, int]]) -> None:
+        """parts: sequences, and how many tokens of each are next. Their places in the KV caches are taken here."""
         self.layers = range(spec.layers)
         self._spec = spec
         self._weights = weights
-        self._cache = sequence.cache
-        self._span = sequence.cache.extend(length)
-        self._cos, self._sin = sequence.rope.angles(self._span.position, length)
+        self._parts: list[_Part] = []
+        angles: list[Angles] = []
+        start = 0
+        for sequence, length in parts:
+            span = sequence.cache.extend(length)
+            angles.append(sequence.rope.angles(span.position, length))
+            self._parts.append(_Part(sequence.cache, span, slice(start, start + length)))
+            start += length
+        self._cos, self._sin = angles[0] if len(angles) == 1 else map(torch.cat, zip(*angles, strict=True))
+
+    def fail(self, failure: Exception) -> None:
+        """The pass has failed: later ones over the same sequences fail too, instead of waiting."""
+        for part in self._parts:
+            part.cache.fail(failure)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [n] int64 -> [n, hidden]."""
@@ -57,16 +80,22 @@ class Enclave:
         """The residual stream, in place."""
         return x.add_(y)
 
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+    async def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """q | k | v: [n, (heads + 2 kv_heads) * head_dim] -> context [n, heads * head_dim]."""
         q, k, v = self.rotate(qkv)
-        return self.attention(layer, q, k, v)
+        contexts = []
+        for part in self._parts:
+            await part.cache.turn(layer, part.span)
+            contexts.append(self.attention(layer, part, q[part.rows], k[part.rows], v[part.rows]))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
-    def attend_elsewhere(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`attend`'s first part -> what QK and AV need: q, and the keys and values of all tokens so far."""
+    async def attend_elsewhere(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`attend`'s first part, for a single sequence -> what QK and AV need: q, keys and values of all so far."""
         q, k, v = self.rotate(qkv)
-        self._cache.store(layer, self._span, k, v)
-        keys, values = self._cache.past(layer, self._span)
+        (part,) = self._parts
+        await part.cache.turn(layer, part.span)
+        part.cache.store(layer, part.span, k, v)
+        keys, values = part.cache.past(layer, part.span)
         return self._grouped(q), keys, values
 
     def softmax(self, scores: torch.Tensor) -> torch.Tensor:
@@ -88,9 +117,9 @@ class Enclave:
         q_and_k = operators.rotate(heads[:, : spec.heads + spec.kv_heads], self._cos, self._sin)
         return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
 
-    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k and v, and attends to all keys so far -> context [n, heads * head_dim]."""
-        return self._cache.attend(layer, self._span, q, k, v)
+    def attention(self, layer: int, part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Stores a sequence's new k and v, and attends to all its keys -> context [n, heads * head_dim]."""
+        return part.cache.attend(layer, part.span, q, k, v)
 
     def _grouped(self, q: torch.Tensor) -> torch.Tensor:
         return q.view(len(q), self._spec.kv_heads, -1, self._spec.head_dim).permute(1, 2, 0, 3)

@@ -109,6 +109,9 @@ class KVCache:
         self._first = min(prompt_tokens + ANSWER_TOKENS, tokens)
         self._room = _round_up(tokens)
         self._blocks: list[_Block] = []
+        self._stored = [0] * spec.layers  # tokens whose keys and values a layer has
+        self._turns: dict[tuple[int, int], asyncio.Future[None]] = {}  # by layer and first token
+        self._failure: Exception | None = None
         self.length = 0
 
     def extend(self, length: int) -> Span:
@@ -125,6 +128,24 @@ class KVCache:
         allocated = sum(block.tokens for block in self._blocks)
         wanted = _round_up(max(length, min(allocated, MAX_BLOCK_TOKENS) or self._first))
         return _Block(self._spec, max(length, min(wanted, self._room - allocated)))
+
+    async def turn(self, layer: int, span: Span) -> None:
+        """Waits until a layer has the keys and values of all tokens before the span. The only wait between lanes.
+
+        Raises what the pass over earlier tokens failed with.
+        """
+        if self._stored[layer] < span.position:
+            turn = self._turns[layer, span.position] = asyncio.get_running_loop().create_future()
+            if self._failure is not None:
+                turn.set_exception(self._failure)
+            await turn
+
+    def fail(self, failure: Exception) -> None:
+        """A pass over some of the tokens has failed: those that wait for it never get their turn."""
+        self._failure = failure
+        for turn in self._turns.values():
+            if not turn.done():
+                turn.set_exception(failure)
 
     def attend(self, layer: int, span: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores the span's keys and values, and attends to them and to all before them.
@@ -155,6 +176,10 @@ class KVCache:
         block, end = self._blocks[span.block], span.start + span.length
         block.keys[layer, :, span.start : end] = k.transpose(0, 1)
         block.values[layer, :, span.start : end] = v.transpose(0, 1)
+        self._stored[layer] = span.position + span.length
+        turn = self._turns.pop((layer, self._stored[layer]), None)
+        if turn is not None and not turn.done():
+            turn.set_result(None)
 
     def past(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens up to the span's last: [kv_heads, tokens, head_dim] each."""

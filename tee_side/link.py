@@ -31,6 +31,7 @@ class Session:
     connection: Connection
     carrier: Carrier
     layouts: Layouts
+    device: str  # of the GPU side, as it says
 
     def close(self) -> None:
         self.connection.close()
@@ -44,7 +45,7 @@ class Link:
         self._endpoint = endpoint
         self._hello = hello
         self._options = options
-        self.layouts = layouts
+        self._layouts = layouts
         self._room = room
         self._doorbell = options.doorbell != "off" and doorbell.supported()
         self._recovery = asyncio.Lock()
@@ -95,19 +96,20 @@ class Link:
     async def _connect(self) -> Session:
         connection = await Connection.open(await self._endpoint(), MAX_FRAME_BYTES)
         try:
-            await self._greet(connection)
+            device = await self._greet(connection)
             carrier = await self._carrier(connection)
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, self.layouts)
+        return Session(connection, carrier, self._layouts, device)
 
-    async def _greet(self, connection: Connection) -> None:
+    async def _greet(self, connection: Connection) -> str:
         answer = await connection.request(0, self._hello)
         if isinstance(answer, Refused):
             raise (HandshakeRefused if answer.bad_input else GpuSideLost)(one_line(answer.reason))
         if not isinstance(answer, Welcome):
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
+        return answer.device
 
     async def _carrier(self, connection: Connection) -> Carrier:
         options = self._options
@@ -119,7 +121,7 @@ class Link:
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
         slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES)
         packed = options.transport == "msgpack"
-        return MessageCarrier(slot_bytes, self.layouts.dtype, packed, Compression(options.compress))
+        return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
 
     def _through(self, region: Region, connection: Connection) -> Carrier:
         if self._options.compress != "none":

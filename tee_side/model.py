@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import LlamaConfig
 
+from asynctsqp.errors import EngineClosed
 from asynctsqp.model_spec import ModelSpec, Op
-from tee_side.enclave import Enclave, Sequence
+from tee_side.enclave import Enclave, RunningSequence
 from tee_side.kv_cache import KVCache
 from tee_side.partitions import Gpu, Partition
 from tee_side.recorder import Recorder
@@ -26,20 +29,26 @@ class Model:
         self._ropes = Ropes(config)
         self._recorder = recorder
 
-    def sequence(self, cache: KVCache) -> Sequence:
-        return Sequence(cache, self._ropes.for_sequence())
+    def sequence(self, cache: KVCache) -> RunningSequence:
+        return RunningSequence(cache, self._ropes.for_sequence())
 
-    async def forward(
-        self, tokens: torch.Tensor, sequence: Sequence, gpu: Gpu, lane: int, wanted: slice
-    ) -> torch.Tensor:
-        """The next tokens of a sequence, [n] int64 -> the scores after those of them that are wanted, float32.
-
-        An empty `wanted` costs no call for scores. lane: only for records.
-        """
-        tee = Enclave(self._spec, self._weights, sequence, len(tokens))
+    def begin(self, parts: Sequence[tuple[RunningSequence, int]], lane: int) -> Enclave:
+        """A pass over the next tokens of some sequences. To be called in the order in which the tokens follow."""
+        tee = Enclave(self._spec, self._weights, parts)
         if self._recorder is not None:
             self._recorder.watch(tee, lane)
-        x = (await self._partition(tee, gpu, tokens))[wanted]
-        if not len(x):
-            return x.new_empty(0, self._spec.vocab_size)
-        return await gpu.linear(Op.LM_HEAD, 0, tee.final_norm(x))
+        return tee
+
+    async def forward(self, tee: Enclave, gpu: Gpu, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """tokens: [n] int64, as `begin` was told; wanted: indices of those after which the scores are wanted.
+
+        -> [wanted, vocab] float32. No index costs no call for scores.
+        """
+        try:
+            x = await self._partition(tee, gpu, tokens)
+            if not len(wanted):
+                return x.new_empty(0, self._spec.vocab_size)
+            return await gpu.linear(Op.LM_HEAD, 0, tee.final_norm(x[wanted]))
+        except BaseException as failure:
+            tee.fail(failure if isinstance(failure, Exception) else EngineClosed("the pass was cancelled"))
+            raise

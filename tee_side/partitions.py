@@ -61,7 +61,7 @@ async def shielded(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor
     x = tee.embed(tokens)
     for layer in tee.layers:
         qkv = await gpu.linear(Op.QKV, layer, tee.attention_norm(layer, x))
-        x = tee.add(x, await gpu.linear(Op.O, layer, tee.attend(layer, qkv)))
+        x = tee.add(x, await gpu.linear(Op.O, layer, await tee.attend(layer, qkv)))
         gate_up = await gpu.linear(Op.GATE_UP, layer, tee.mlp_norm(layer, x))
         x = tee.add(x, await gpu.linear(Op.DOWN, layer, tee.silu_mul(gate_up)))
     return x
@@ -72,7 +72,7 @@ async def fused(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Tensor:
     x = tee.embed(tokens)
     for layer in tee.layers:
         qkv = await gpu.linear(Op.NORM_QKV, layer, x)
-        (x,) = await gpu.call(Op.O_MLP, layer, x, tee.attend(layer, qkv))
+        (x,) = await gpu.call(Op.O_MLP, layer, x, await tee.attend(layer, qkv))
     return x
 
 
@@ -81,14 +81,14 @@ async def fused_layer(tee: Enclave, gpu: Gpu, tokens: torch.Tensor) -> torch.Ten
     x = tee.embed(tokens)
     qkv = await gpu.linear(Op.NORM_QKV, 0, x)
     for layer in tee.layers[:-1]:
-        x, qkv = await gpu.call(Op.LAYER, layer, x, tee.attend(layer, qkv))
+        x, qkv = await gpu.call(Op.LAYER, layer, x, await tee.attend(layer, qkv))
     last = tee.layers[-1]
-    (x,) = await gpu.call(Op.O_MLP, last, x, tee.attend(last, qkv))
+    (x,) = await gpu.call(Op.O_MLP, last, x, await tee.attend(last, qkv))
     return x
 
 
 async def _attend_elsewhere(tee: Enclave, gpu: Gpu, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-    q, keys, values = tee.attend_elsewhere(layer, qkv)
+    q, keys, values = await tee.attend_elsewhere(layer, qkv)
     (scores,) = await gpu.call(Op.QK, layer, q, keys)
     (context,) = await gpu.call(Op.AV, layer, tee.softmax(scores), values)
     return tee.rows(context)

@@ -36,6 +36,13 @@ class RpcTotals:
     bytes_received: int = 0
     wait_s: float = 0.0
 
+    def add(self, totals: RpcTotals, share: float) -> None:
+        """A pass that several requests shared: its calls and waits count for each, its bytes by their rows."""
+        self.calls += totals.calls
+        self.bytes_sent += round(totals.bytes_sent * share)
+        self.bytes_received += round(totals.bytes_received * share)
+        self.wait_s += totals.wait_s
+
 
 @dataclass
 class Progress:
@@ -46,6 +53,16 @@ class Progress:
     timing: Timing = field(default_factory=Timing)
     rpc: RpcTotals = field(default_factory=RpcTotals)
     stats: Stats | None = None  # where the time went, after the last piece, with the engine option `stats`
+
+    def token_came(self, seconds: float) -> None:
+        """One more, so long after the one before it, or after the request's beginning."""
+        timing = self.timing
+        self.completion_tokens += 1
+        if self.completion_tokens == 1:
+            timing.prefill_s = seconds
+        else:
+            timing.decode_s += seconds
+            timing.ms_per_token = 1e3 * timing.decode_s / (self.completion_tokens - 1)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.limits import SLOT_ALIGNMENT, SLOTS
 from asynctsqp.model_spec import ModelSpec, Op
+from tee_side.scheduler import Policy
 
 DEFAULT_LANES = 2
 DEFAULT_CHUNK_TOKENS = 1024
 DEFAULT_SLOT_BYTES = 16 << 20
+MOST_PORTIONS = 64  # requests in one micro-batch
 # A call of attention scores is one call, as in the system that these partitions stand for, up to this size.
 SCORES_SLOT_BYTES = 64 << 20
 
@@ -33,6 +35,20 @@ class Room:
         sends_scores = Op.QK in operations  # the ladder's first rungs: one sequence at a time is enough
         lanes = options.lanes or (1 if sends_scores else DEFAULT_LANES)
         return cls(lanes, slots, _slot_bytes(spec, layouts, options))
+
+
+def policy(options: EngineOptions, room: Room, device: str) -> Policy:
+    """How tokens are put together. device: of the GPU side.
+
+    Where the products run on the CPU, two batches of decodes would read all weights twice; on a GPU, one is computed
+    there while the other is here.
+    """
+    alone = Op.QK in OPERATIONS[options.partition]
+    return Policy(
+        chunk_tokens=options.chunk_tokens or DEFAULT_CHUNK_TOKENS,
+        most_portions=1 if alone else MOST_PORTIONS,
+        decode_lanes=1 if device == "cpu" else room.lanes,
+    )
 
 
 def check_keys(layouts: Layouts, partition: str, slot_bytes: int, keys: int) -> None:

@@ -1,0 +1,148 @@
+"""Runs what the scheduler puts together: one worker a lane, one micro-batch after another on each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from asynctsqp.errors import AsynctsqpError
+from tee_side.enclave import RunningSequence
+from tee_side.lanes import Lane
+from tee_side.link import Link
+from tee_side.model import Model
+from tee_side.offload import Note, Offload
+from tee_side.request import RpcTotals
+from tee_side.scheduler import Portion, Scheduler
+
+
+class Request(Protocol):
+    """Somebody who waits for scores. None of these may block: they run between two steps of everybody."""
+
+    sequence: RunningSequence
+
+    def account(self, totals: RpcTotals, share: float) -> None:
+        """What a pass cost that this request had a share of, by rows."""
+
+    def accept(self, first: int, scores: torch.Tensor) -> int | None:
+        """Wanted scores of the portion that begins with this token, [n, vocab] float32 -> the token that is next.
+
+        None: there is none, now or ever.
+        """
+
+    def fail(self, error: Exception) -> None:
+        """There will be no more scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """One micro-batch on its lane."""
+
+    batch: Sequence[Portion[Request]]
+    task: asyncio.Task[torch.Tensor]
+
+
+class Batches:
+    """All requests of one engine on their way. Make it in a running loop, end it with `close`."""
+
+    def __init__(
+        self, scheduler: Scheduler[Request], model: Model, link: Link, lanes: Sequence[Lane], note: Note | None
+    ) -> None:
+        self._scheduler = scheduler
+        self._model = model
+        self._link = link
+        self._note = note
+        self._work = asyncio.Event()
+        self._flights: set[_Flight] = set()
+        self._workers = [asyncio.create_task(self._serve(lane)) for lane in lanes]
+
+    def submit(self, request: Request, prompt: Sequence[int], every: bool) -> None:
+        """every: the scores after each token are wanted, and nothing else."""
+        self._scheduler.add(request, prompt, every)
+        self._work.set()
+
+    def leave(self, request: Request) -> None:
+        """Nobody waits for it any more. A pass that is left by all ends at once."""
+        self._scheduler.remove(request)
+        for flight in self._flights:
+            if all(not self._scheduler.has(portion.request) for portion in flight.batch):
+                flight.task.cancel()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.cancel()
+
+    async def _serve(self, lane: Lane) -> None:
+        while True:
+            if batch := self._scheduler.next():
+                await self._run(batch, lane)
+            else:
+                self._work.clear()
+                await self._work.wait()
+
+    async def _run(self, batch: Sequence[Portion[Request]], lane: Lane) -> None:
+        totals = RpcTotals()
+        flight = _Flight(batch, self._begin(batch, lane, totals))
+        self._flights.add(flight)
+        try:
+            await asyncio.wait((flight.task,))
+            self._finish(flight, totals)
+        finally:
+            flight.task.cancel()
+            self._flights.discard(flight)
+            self._scheduler.done(batch)
+            self._work.set()
+
+    def _begin(self, batch: Sequence[Portion[Request]], lane: Lane, totals: RpcTotals) -> asyncio.Task[torch.Tensor]:
+        tee = self._model.begin([(portion.request.sequence, len(portion.tokens)) for portion in batch], lane.index)
+        tokens = torch.tensor([token for portion in batch for token in portion.tokens])
+        gpu = Offload(self._link, lane, totals, self._note)
+        return asyncio.create_task(self._model.forward(tee, gpu, tokens, _wanted(batch)))
+
+    def _finish(self, flight: _Flight, totals: RpcTotals) -> None:
+        if flight.task.cancelled():
+            return
+        error = flight.task.exception()
+        rows = sum(len(portion.tokens) for portion in flight.batch)
+        start = 0
+        for portion in flight.batch:
+            end = start + (0 if error else _wanted_rows(portion))
+            portion.request.account(totals, len(portion.tokens) / rows)
+            if isinstance(error, Exception):
+                self._fail(portion.request, error)
+            elif end > start:
+                self._accept(portion, flight.task.result()[start:end])
+            start = end
+
+    def _accept(self, portion: Portion[Request], scores: torch.Tensor) -> None:
+        if not self._scheduler.has(portion.request):
+            return
+        try:
+            token = portion.request.accept(portion.first, scores)
+        except Exception as error:  # of this request's own sampler or text: no business of its neighbours
+            self._fail(portion.request, error)
+            return
+        if token is not None:
+            self._scheduler.token(portion.request, token)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._scheduler.remove(request)
+        # a fresh copy for each: a raised exception collects the traceback of who awaited it
+        request.fail(type(error)(str(error)) if isinstance(error, AsynctsqpError) else error)
+
+
+def _wanted_rows(portion: Portion[Request]) -> int:
+    return len(portion.tokens[portion.wanted.value])
+
+
+def _wanted(batch: Sequence[Portion[Request]]) -> torch.Tensor:
+    """The indices of the rows after which scores are wanted."""
+    rows: list[int] = []
+    start = 0
+    for portion in batch:
+        rows += range(start, start + len(portion.tokens))[portion.wanted.value]
+        start += len(portion.tokens)
+    return torch.tensor(rows, dtype=torch.int64)

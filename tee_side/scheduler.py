@@ -1,0 +1,122 @@
+"""Which tokens go through the layers together, and when: pure bookkeeping, no I/O, no clock.
+
+Requests come in with their prompts, and later with each token that was sampled for them. Whenever a lane is free it
+asks for a micro-batch: the next token of every request that waits for one, and a chunk of one prompt. So a request
+that decodes never waits for more than one chunk of somebody else's prompt, and prompts take turns chunk by chunk.
+
+    PROMPT --its chunks go out, several may be in flight--> SENT --the scores--> READY --its token goes out--> SENT
+
+Batches are handed out in one global order, in which a request's portions are in the order of their tokens: who waits
+for another batch (kv_cache.py) waits for an earlier one, so that no two can wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+Name = TypeVar("Name")  # hashable: whatever the caller knows its requests by
+
+
+class Wanted(Enum):
+    """After which of a portion's tokens the scores are wanted."""
+
+    NONE = slice(0)
+    LAST = slice(-1, None)
+    ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Portion(Generic[Name]):
+    """Consecutive tokens of one request in a micro-batch."""
+
+    request: Name
+    first: int  # place of the first token in the prompt, for a chunk of one
+    tokens: Sequence[int]
+    wanted: Wanted
+    decode: bool  # the next token of a request that has had its prompt
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How large micro-batches are."""
+
+    chunk_tokens: int  # of a prompt in one batch
+    most_portions: int  # requests in one batch
+    decode_lanes: int  # batches with decodes in flight at once
+
+
+@dataclass
+class _Prompt:
+    """What is left of one."""
+
+    tokens: Sequence[int]
+    every: bool  # all scores are wanted
+    sent: int = 0
+
+
+class Scheduler(Generic[Name]):
+    """All running requests of one engine."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._running: set[Name] = set()
+        self._prompts: deque[tuple[Name, _Prompt]] = deque()  # whose turn it is comes first
+        self._ready: deque[tuple[Name, int]] = deque()  # sampled tokens that are to go out
+        self._decoding = 0  # batches with decodes that are in flight
+
+    def has(self, request: Name) -> bool:
+        """Whether it was added and has not been removed."""
+        return request in self._running
+
+    def add(self, request: Name, prompt: Sequence[int], every: bool = False) -> None:
+        """A new request, with at least one token. every: scores are wanted after each token, and no more tokens."""
+        self._running.add(request)
+        self._prompts.append((request, _Prompt(prompt, every)))
+
+    def token(self, request: Name, token: int) -> None:
+        """What was sampled for a request after its last scores; ignored if it has ended."""
+        if request in self._running:
+            self._ready.append((request, token))
+
+    def remove(self, request: Name) -> None:
+        """It has ended, or nobody waits for it any more. May be called again."""
+        self._running.discard(request)
+        self._prompts = deque(entry for entry in self._prompts if entry[0] != request)
+        self._ready = deque(entry for entry in self._ready if entry[0] != request)
+
+    def next(self) -> list[Portion[Name]]:
+        """The next micro-batch; empty if there is nothing to do before something in flight has come back."""
+        batch = self._decodes()
+        if batch:
+            self._decoding += 1
+        if self._prompts and len(batch) < self._policy.most_portions:
+            batch.append(self._chunk())
+        return batch
+
+    def done(self, batch: Sequence[Portion[Name]]) -> None:
+        """A micro-batch has come back, or failed."""
+        if any(portion.decode for portion in batch):
+            self._decoding -= 1
+
+    def _decodes(self) -> list[Portion[Name]]:
+        if self._decoding == self._policy.decode_lanes:
+            return []
+        # shared out evenly over the batches that may be in flight, so that each side works on one of them
+        share = -(-len(self._ready) // (self._policy.decode_lanes - self._decoding))
+        chosen = [self._ready.popleft() for _ in range(min(share, self._policy.most_portions))]
+        return [Portion(request, 0, [token], Wanted.LAST, decode=True) for request, token in chosen]
+
+    def _chunk(self) -> Portion[Name]:
+        request, prompt = self._prompts.popleft()
+        first = prompt.sent
+        tokens = prompt.tokens[first : first + self._policy.chunk_tokens]
+        prompt.sent += len(tokens)
+        last = prompt.sent == len(prompt.tokens)
+        if not last:
+            self._prompts.append((request, prompt))
+        wanted = Wanted.ALL if prompt.every else Wanted.LAST if last else Wanted.NONE
+        return Portion(request, first, tokens, wanted, decode=False)

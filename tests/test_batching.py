@@ -1,0 +1,116 @@
+"""Many requests at once, long prompts in several chunks at once: nobody's answer depends on the neighbours."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import asynctsqp
+from tests.test_parity import reference
+
+WHOLE_CONTEXT = 512 * 3 * 2 * 2 * 16 * 4  # bytes of the tiny model's keys and values, all 512 tokens of them
+Connect = Callable[..., asynctsqp.Engine]
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    seeded = random.Random(seed)
+    return [[seeded.randrange(3, 49152) for _ in range(seeded.randrange(1, longest))] for _ in range(count)]
+
+
+async def ask(engine: asynctsqp.Engine, prompt: list[int], tokens: int = 16) -> list[int]:
+    return (await engine.complete(prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True)).token_ids
+
+
+@pytest.mark.parametrize("options", [{}, {"lanes": 1}, {"lanes": 4, "chunk_tokens": 7}, {"transport": "binary"}])
+@pytest.mark.parametrize("partition", ["shielded", "fused-layer", "batched"])
+def test_twenty_requests_at_once_answer_as_each_alone(
+    partition: str, options: dict[str, Any], connect: Connect, tiny_model: Callable[[str], Path]
+) -> None:
+    asked = prompts(20, 60)
+
+    async def run() -> list[list[int]]:
+        async with connect(partition=partition, **options) as engine:
+            return await asyncio.gather(*(ask(engine, prompt) for prompt in asked))
+
+    assert asyncio.run(run()) == [reference(tiny_model("gqa"), prompt, 16) for prompt in asked]
+
+
+@pytest.mark.parametrize("partition", ["shielded", "per-op", "batched", "fused", "fused-layer"])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+def test_chunks_in_flight_change_no_token(
+    lanes: int, partition: str, connect: Connect, tiny_model: Callable[[str], Path]
+) -> None:
+    prompt = [1, *range(100, 400)]
+
+    async def run() -> tuple[list[int], torch.Tensor]:
+        async with connect(partition=partition, lanes=lanes, chunk_tokens=32) as engine:
+            return await ask(engine, prompt), await engine.logits(prompt)
+
+    tokens, scores = asyncio.run(run())
+    assert tokens == reference(tiny_model("gqa"), prompt, 16)
+    assert scores.shape == (len(prompt), 49152)
+
+
+def test_who_leaves_takes_nobody_along_and_leaves_its_memory(
+    connect: Connect, tiny_model: Callable[[str], Path]
+) -> None:
+    """Requests that are cancelled at every moment, beside one that is not; all their room is free at the end."""
+    kept, left = [1, *range(200, 260)], prompts(30, 200, seed=3)
+
+    async def leave(engine: asynctsqp.Engine, prompt: list[int], after_s: float) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask(engine, prompt, tokens=256), after_s)
+
+    async def run() -> tuple[list[int], list[int]]:
+        async with connect(lanes=3, chunk_tokens=16, kv_memory=WHOLE_CONTEXT) as engine:
+            leavers = [leave(engine, prompt, 0.003 * index) for index, prompt in enumerate(left)]
+            answer, *_ = await asyncio.gather(ask(engine, kept, tokens=64), *leavers)
+            return answer, await asyncio.wait_for(ask(engine, [5] * 480, tokens=32), 30)
+
+    answer, after = asyncio.run(run())
+    assert answer == reference(tiny_model("gqa"), kept, 64)
+    assert after == reference(tiny_model("gqa"), [5] * 480, 32)
+
+
+def test_requests_beyond_the_memory_wait_and_are_answered(connect: Connect, tiny_model: Callable[[str], Path]) -> None:
+    asked = prompts(12, 300, seed=5)
+
+    async def run() -> list[list[int]]:
+        async with connect(kv_memory=512 << 10) as engine:
+            return await asyncio.gather(*(ask(engine, prompt, tokens=8) for prompt in asked))
+
+    assert asyncio.run(run()) == [reference(tiny_model("gqa"), prompt, 8) for prompt in asked]
+
+
+def test_steps_are_shared(connect: Connect) -> None:
+    """Sixteen answers of 33 tokens take far fewer calls together than one after another: 13 a step."""
+
+    async def calls(at_once: bool) -> int:
+        async with connect(log_rpc=None) as engine:
+            work = [engine.complete([1, n + 3], max_new_tokens=33, temperature=0, ignore_eos=True) for n in range(16)]
+            done = await asyncio.gather(*work) if at_once else [await one for one in work]
+            return sum(one.rpc.calls for one in done) if not at_once else max(one.rpc.calls for one in done)
+
+    alone, together = asyncio.run(calls(at_once=False)), asyncio.run(calls(at_once=True))
+    assert alone == 16 * 33 * 13
+    assert together < alone / 8
+
+
+def test_a_failure_of_one_is_not_the_others(connect: Connect, tiny_model: Callable[[str], Path]) -> None:
+    """One request's own sampler fails: a temperature so small that no probability is a number."""
+    prompt = [1, *range(300, 320)]
+
+    async def run() -> list[Any]:
+        async with connect() as engine:
+            bad = engine.complete(prompt, max_new_tokens=8, temperature=1e-45, seed=1)
+            return await asyncio.gather(ask(engine, prompt), bad, ask(engine, prompt), return_exceptions=True)
+
+    first, bad, second = asyncio.run(run())
+    assert first == second == reference(tiny_model("gqa"), prompt, 16)
+    assert isinstance(bad, Exception | asynctsqp.Completion)
