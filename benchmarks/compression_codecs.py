@@ -18,7 +18,7 @@ PREFILL = (Op.QKV, Op.O, Op.GATE_UP, Op.DOWN)  # the lm_head's one row is never 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one or many payloads. pack_s, unpack_s: 0 where the product leaves a payload as it is."""
+    """Of one or many payloads. pack_s, unpack_s: 0 where there is nothing to do."""
 
     raw: float  # bytes
     packed: float
@@ -32,13 +32,8 @@ class Cost:
         return 8 * (self.raw - self.packed) / spent if self.packed < self.raw and spent else None
 
     def figures(self) -> dict[str, float | None]:
-        """MB/s are of raw bytes; None where nothing is compressed."""
-        return {
-            "ratio": self.raw / self.packed,
-            "pack_mb_s": self.raw / self.pack_s / 1e6 if self.pack_s else None,
-            "unpack_mb_s": self.raw / self.unpack_s / 1e6 if self.unpack_s else None,
-            "breakeven_gbit_s": None if (bits := self.breakeven_bits_per_s) is None else bits / 1e9,
-        }
+        bits = self.breakeven_bits_per_s
+        return {"ratio": self.raw / self.packed, "breakeven_gbit_s": None if bits is None else bits / 1e9}
 
 
 def measure(payloads: Sequence[Payload], dtype_bytes: int) -> list[dict[str, Any]]:
@@ -59,39 +54,63 @@ def prefill(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(op: Op, direction: str, payloads: Sequence[Payload], itemsize: int) -> dict[str, Any]:
-    costs = {codec: _of_row(Compression(codec), payloads, itemsize) for codec in CODECS}
+    found = {codec: _of_row(Compression(codec), payloads, itemsize) for codec in CODECS}
     return {
         "op": op.name,
         "direction": direction,
         "bytes": sum(payload.raw.nbytes * payload.weight for payload in payloads),
         "payload_bytes": max(payload.raw.nbytes for payload in payloads),
         "compressed": any(payload.raw.nbytes > LEAST_BYTES for payload in payloads),
-        "costs": {codec: vars(cost) for codec, cost in costs.items()},
-        "codecs": {codec: cost.figures() for codec, cost in costs.items()},
+        "costs": {codec: vars(cost) for codec, (cost, _) in found.items()},
+        "codecs": {codec: cost.figures() | speeds for codec, (cost, speeds) in found.items()},
     }
 
 
-def _of_row(compression: Compression, payloads: Sequence[Payload], itemsize: int) -> Cost:
-    """Payloads of one row differ by a row of the tensor at most: the median time is that of each."""
-    _one(compression, payloads[0].raw, itemsize)  # the library's first call is slower
-    each = [_one(compression, payload.raw, itemsize) for payload in payloads]
+def _of_row(
+    compression: Compression, payloads: Sequence[Payload], itemsize: int
+) -> tuple[Cost, dict[str, float | None]]:
+    """All of them; and of each, the median speeds in MB/s of raw bytes, None where nothing is compressed.
+
+    Payloads of one row differ by a row of the tensor at most, so that the median time stands for each that takes any.
+    """
+    _one(compression, payloads[0], itemsize)  # the library's first call is slower
+    each = [_one(compression, payload, itemsize) for payload in payloads]
     weights = [payload.weight for payload in payloads]
-    return Cost(
+    whole = Cost(
         raw=sum(one.raw * weight for one, weight in zip(each, weights, strict=True)),
         packed=sum(one.packed * weight for one, weight in zip(each, weights, strict=True)),
-        pack_s=statistics.median(one.pack_s for one in each) * sum(weights),
-        unpack_s=statistics.median(one.unpack_s for one in each) * sum(weights),
+        pack_s=_total([one.pack_s for one in each], weights),
+        unpack_s=_total([one.unpack_s for one in each], weights),
     )
+    speeds = {
+        "pack_mb_s": _median([one.raw / one.pack_s / 1e6 for one in each if one.pack_s]),
+        "unpack_mb_s": _median([one.raw / one.unpack_s / 1e6 for one in each if one.unpack_s]),
+    }
+    return whole, speeds
 
 
-def _one(compression: Compression, raw: memoryview, itemsize: int) -> Cost:
+def _one(compression: Compression, payload: Payload, itemsize: int) -> Cost:
+    raw = payload.raw
     if raw.nbytes <= LEAST_BYTES:
         return Cost(raw.nbytes, raw.nbytes, 0.0, 0.0)
     start = time.perf_counter()
     packed = memoryview(compression.pack(raw, itemsize))
-    middle = time.perf_counter()
+    pack_s = time.perf_counter() - start
+    if packed.nbytes == raw.nbytes:  # compressed in vain: the receiver takes it as it is
+        return Cost(raw.nbytes, raw.nbytes, pack_s, 0.0)
+    start = time.perf_counter()
     compression.unpack(packed, raw.nbytes, itemsize)
-    return Cost(raw.nbytes, packed.nbytes, middle - start, time.perf_counter() - middle)
+    return Cost(raw.nbytes, packed.nbytes, pack_s, time.perf_counter() - start)
+
+
+def _total(seconds: Sequence[float], weights: Sequence[float]) -> float:
+    """The median of those that take any time, as often as there are such."""
+    spent = [(one, weight) for one, weight in zip(seconds, weights, strict=True) if one]
+    return (_median([one for one, _ in spent]) or 0.0) * sum(weight for _, weight in spent)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:

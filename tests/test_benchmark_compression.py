@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 from asynctsqp.compression import LEAST_BYTES, Compression
 from asynctsqp.model_spec import Op
 from benchmarks import compression_codecs
+from benchmarks.compression import main
 from benchmarks.compression_codecs import Cost
 from benchmarks.compression_links import LIMITS, crossover
 from benchmarks.compression_recorder import FROM_GPU, TO_GPU, Payload
@@ -126,12 +126,7 @@ def test_the_breakeven_is_where_both_ways_take_as_long() -> None:
     assert bits is not None
     assert 8 * cost.raw / bits == pytest.approx(8 * cost.packed / bits + 0.02)
     assert Cost(8e6, 8e6, 0.015, 0.0).breakeven_bits_per_s is None
-    assert Cost(8e6, 8e6, 0.0, 0.0).figures() == {
-        "ratio": 1,
-        "pack_mb_s": None,
-        "unpack_mb_s": None,
-        "breakeven_gbit_s": None,
-    }
+    assert Cost(8e6, 8e6, 0.0, 0.0).figures() == {"ratio": 1, "breakeven_gbit_s": None}
 
 
 def test_a_row_is_a_whole_pass_of_the_product_s_own_compression() -> None:
@@ -149,6 +144,20 @@ def test_a_row_is_a_whole_pass_of_the_product_s_own_compression() -> None:
         assert whole["ratio"] == pytest.approx(
             (10 * large.nbytes + 5 * small.nbytes) / (10 * packed + 5 * small.nbytes)
         )
+
+
+def test_what_is_compressed_in_vain_costs_its_sender_only() -> None:
+    noise = memoryview(random.Random(0).randbytes(LEAST_BYTES + 4))
+    (row,) = compression_codecs.measure([Payload(Op.QKV, TO_GPU, noise, 1.0)], 4)
+    for codec in compression_codecs.CODECS:
+        assert row["costs"][codec]["pack_s"] > 0
+        assert row["costs"][codec]["unpack_s"] == 0
+        assert row["codecs"][codec] | {"pack_mb_s": None} == {
+            "ratio": 1,
+            "pack_mb_s": None,
+            "unpack_mb_s": None,
+            "breakeven_gbit_s": None,
+        }
 
 
 def link(bits_per_s: float, none_s: float, lz4_s: float) -> dict[str, Any]:
@@ -171,10 +180,16 @@ def test_the_crossover_of_two_straight_lines_is_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> tuple[str, dict[str, Any]]:
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    """With slots that hold enough scores to be compressed."""
+    return tiny_model("1-layers")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[str, dict[str, Any]]:
     """Standard output of a short run, and the file that it wrote."""
     out = tmp_path_factory.mktemp("compression") / "out.json"
-    options = ["--model", str(tiny_model("gqa")), "--rounds", "1", "--out", str(out)]
+    options = ["--model", str(model), "--rounds", "1", "--out", str(out)]
     options += ["--tokens", str(TOKENS), "--link-tokens", str(TOKENS)]
     done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
@@ -195,10 +210,10 @@ def test_every_operation_is_there_both_ways_in_every_dtype(made: tuple[str, dict
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         rows = recorded[dtype]
         assert [(row["op"], row["direction"]) for row in rows] == expected
-        assert rows[0]["bytes"] == 3 * TOKENS * 64 * itemsize  # layers, rows, features
+        assert rows[0]["bytes"] == TOKENS * 64 * itemsize  # of the one layer
         assert all(found["ratio"] >= 1 for row in rows for found in row["codecs"].values())
     scores = recorded["float32"][LINEARS.index("LM_HEAD") * 2 + 1]
-    assert scores["compressed"]  # 12 x 49152 x 4 bytes, the only one above the threshold
+    assert scores["compressed"]  # two blocks of 6 x 49152 x 4 bytes
     assert scores["codecs"]["zstd"]["ratio"] > 1
     assert scores["codecs"]["zstd"]["pack_mb_s"] > 0
 
@@ -212,12 +227,10 @@ def test_every_link_is_measured_in_every_way(made: tuple[str, dict[str, Any]]) -
             assert all(rate > 0 for rate in found["plain_bits_per_s"].values())
         assert result["computed"]["codecs"]["lz4"]["ratio"] == 1  # nothing of a tiny prefill is compressed
         assert result["crossover"].keys() == {"lz4", "zstd"}
-        rates = [rate for rate in LIMITS.values() if rate is not None]
-        assert all(slow < fast for slow, fast in pairwise(rates))
 
 
-def test_nothing_outlives_a_run_that_is_killed(tiny_model: Callable[[str], Path]) -> None:
-    options = ["--model", str(tiny_model("gqa")), "--rounds", "100000", "--tokens", "8", "--link-tokens", "8"]
+def test_nothing_outlives_a_run_that_is_killed(model: Path) -> None:
+    options = ["--model", str(model), "--rounds", "100000", "--tokens", "8", "--link-tokens", "8"]
     process = subprocess.Popen([*COMMAND, *options], stdout=subprocess.DEVNULL)
     try:
         children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -234,15 +247,15 @@ def test_nothing_outlives_a_run_that_is_killed(tiny_model: Callable[[str], Path]
     [
         (["--rounds", "0"], "--rounds"),
         (["--tokens", "0"], "--tokens"),
-        (["--link-tokens", "512"], "context"),
+        (["--link-tokens", "4096"], "context"),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(
-    options: list[str], word: str, tiny_model: Callable[[str], Path]
+    options: list[str], word: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*COMMAND, "--model", str(tiny_model("gqa")), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert word in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert main(["--model", str(model), *options]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert word in said.err
+    assert said.err.count("\n") == 1
