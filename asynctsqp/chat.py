@@ -9,6 +9,8 @@ import threading
 from typing import Any
 
 from asynctsqp.engine import Engine
+from asynctsqp.reports.stats_table import rendered
+from tee_side.request import Progress
 
 
 async def chat(engine: Engine, sampling: dict[str, Any]) -> None:
@@ -20,11 +22,14 @@ async def chat(engine: Engine, sampling: dict[str, Any]) -> None:
             continue
         messages.append({"role": "user", "content": line})
         answer = ""
-        async with contextlib.aclosing(engine.generate(messages, **sampling)) as pieces:
+        progress = Progress()
+        async with contextlib.aclosing(engine.generate(messages, progress=progress, **sampling)) as pieces:
             async for piece in pieces:
                 answer += piece.text
                 print(piece.text, end="", flush=True)
         print(flush=True)
+        if progress.stats is not None:
+            print(rendered(progress.stats), file=sys.stderr)
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -18,6 +18,8 @@ from asynctsqp.config import EngineOptions
 from asynctsqp.engine import Engine
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import Op
+from asynctsqp.reports.clock import ClockOffset
+from asynctsqp.reports.stats_table import rendered
 from asynctsqp.summary import summary
 from tee_side.request import Completion, Piece, Progress
 
@@ -35,6 +37,8 @@ async def run(arguments: argparse.Namespace) -> None:
         else:
             prompt = [{"role": "user", "content": arguments.text}] if arguments.chat else arguments.text
             await _answer(engine, prompt, sampling, arguments.json)
+    if engine.clock is not None:
+        print(f"asynctsqp.tee: {arguments.options.trace}: {_said(engine.clock)}", file=sys.stderr)
 
 
 def _warn(options: EngineOptions) -> None:
@@ -70,9 +74,19 @@ async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: 
         return
     print(flush=True)
     print(summary(progress), file=sys.stderr)
+    if progress.stats is not None:
+        print(rendered(progress.stats), file=sys.stderr)
+
+
+def _said(clock: ClockOffset) -> str:
+    if clock.error_s is None:
+        return "no calls, so the GPU side's clock is not known"
+    return f"the GPU side's clock is known to {1e6 * clock.error_s:.0f} us"
 
 
 def _json(engine: Engine, pieces: Sequence[Piece], progress: Progress, sampling: dict[str, Any]) -> str:
     result = dataclasses.asdict(Completion.of(pieces, progress))
+    if result["stats"] is None:
+        del result["stats"]
     result["config"] = dataclasses.asdict(engine.options) | sampling
     return msgspec.json.encode(result).decode()

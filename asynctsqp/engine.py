@@ -22,6 +22,7 @@ from asynctsqp.cores import default_threads
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import EngineClosed
 from asynctsqp.loop_thread import LoopThread
+from asynctsqp.reports.clock import ClockOffset
 from tee_side.local_gpu import LocalGpuSide
 from tee_side.pipeline import Pipeline
 from tee_side.request import Completion, Piece, Progress
@@ -44,6 +45,7 @@ class Engine:
         self._thread: LoopThread | None = None
         self._pipeline: Pipeline | None = None
         self._local: LocalGpuSide | None = None
+        self.clock: ClockOffset | None = None  # of the trace, once it has been written
 
     @classmethod
     def launch(cls, model: str | os.PathLike[str], **options: Any) -> Engine:
@@ -136,8 +138,10 @@ class Engine:
         pipeline, self._pipeline = self._pipeline, None
         if thread is None:
             return
-        await thread.run(_shut_down(pipeline, self._local))
-        await asyncio.to_thread(thread.stop)
+        try:
+            self.clock = await thread.run(_shut_down(pipeline, self._local))
+        finally:
+            await asyncio.to_thread(thread.stop)
 
 
 async def _next(arrived: asyncio.Queue[Piece], producer: asyncio.Future[None]) -> Piece | None:
@@ -150,16 +154,20 @@ async def _next(arrived: asyncio.Queue[Piece], producer: asyncio.Future[None]) -
         get.cancel()
 
 
-async def _shut_down(pipeline: Pipeline | None, local: LocalGpuSide | None) -> None:
-    """Ends what still runs in the engine's loop, then the link, then the local GPU side."""
+async def _shut_down(pipeline: Pipeline | None, local: LocalGpuSide | None) -> ClockOffset | None:
+    """Ends what still runs in the engine's loop, then the link, then the local GPU side.
+
+    Raises BadInputError for a report that cannot be written.
+    """
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    if pipeline is not None:
-        pipeline.close()
-    if local is not None:
-        await asyncio.to_thread(local.stop)
+    try:
+        return None if pipeline is None else pipeline.close()
+    finally:
+        if local is not None:
+            await asyncio.to_thread(local.stop)
 
 
 def _fixed(endpoint: str) -> Callable[[], Awaitable[str]]:

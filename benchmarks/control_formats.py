@@ -20,8 +20,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from asynctsqp import messages
 
-FIELDS = ("call_id", "op", "layer", "rows", "lane", "slot")
-SAMPLE = (123_456, 2, 17, 1, 1, 1)  # somewhere in a decode step
+FIELDS = ("call_id", "op", "layer", "rows", "keys", "lane", "slot")
+SAMPLE = (123_456, 2, 17, 1, 0, 1, 1)  # somewhere in a decode step
 BATCH = 1000  # calls between two looks at the clock
 
 Values = tuple[int, ...]
@@ -82,20 +82,20 @@ def _msgspec_encode(values: Values) -> bytes:
 
 def _msgspec_decode(data: bytes) -> Values:
     call: Any = messages.decode_to_gpu(data)
-    return call.call_id, call.op, call.layer, call.rows, call.lane, call.slot
+    return call.call_id, call.op, call.layer, call.rows, call.keys, call.lane, call.slot
 
 
 def _msgpack_encode(values: Values) -> bytes:
-    call_id, op, layer, rows, lane, slot = values
+    call_id, op, layer, rows, keys, lane, slot = values
     packed: bytes = msgpack.packb(
-        {"call_id": call_id, "op": op, "layer": layer, "rows": rows, "lane": lane, "slot": slot}
+        {"call_id": call_id, "op": op, "layer": layer, "rows": rows, "keys": keys, "lane": lane, "slot": slot}
     )
     return packed
 
 
 def _msgpack_decode(data: bytes) -> Values:
     call = msgpack.unpackb(data)
-    return call["call_id"], call["op"], call["layer"], call["rows"], call["lane"], call["slot"]
+    return call["call_id"], call["op"], call["layer"], call["rows"], call["keys"], call["lane"], call["slot"]
 
 
 def _protobuf() -> Format:
@@ -111,28 +111,31 @@ def _protobuf() -> Format:
     made: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("benchmarks.Call"))
 
     def encode(values: Values) -> bytes:
-        call_id, op, layer, rows, lane, slot = values
-        data: bytes = made(call_id=call_id, op=op, layer=layer, rows=rows, lane=lane, slot=slot).SerializeToString()
+        call_id, op, layer, rows, keys, lane, slot = values
+        data: bytes = made(
+            call_id=call_id, op=op, layer=layer, rows=rows, keys=keys, lane=lane, slot=slot
+        ).SerializeToString()
         return data
 
     def decode(data: bytes) -> Values:
         call = made.FromString(data)
-        return call.call_id, call.op, call.layer, call.rows, call.lane, call.slot
+        return call.call_id, call.op, call.layer, call.rows, call.keys, call.lane, call.slot
 
     return Format("protobuf", encode, decode)
 
 
 def _flatbuffers_encode(values: Values) -> bytes:
-    """table Call { call_id: uint64; op: uint8; layer: uint16; rows: uint32; lane: uint8; slot: uint8; }"""
-    call_id, op, layer, rows, lane, slot = values
+    """table Call { call_id: uint64; op: uint8; layer: uint16; rows, keys: uint32; lane, slot: uint8; }"""
+    call_id, op, layer, rows, keys, lane, slot = values
     builder = flatbuffers.Builder(64)
     builder.StartObject(len(FIELDS))
     builder.PrependUint64Slot(0, call_id, 0)
     builder.PrependUint32Slot(3, rows, 0)
+    builder.PrependUint32Slot(4, keys, 0)
     builder.PrependUint16Slot(2, layer, 0)
     builder.PrependUint8Slot(1, op, 0)
-    builder.PrependUint8Slot(4, lane, 0)
-    builder.PrependUint8Slot(5, slot, 0)
+    builder.PrependUint8Slot(5, lane, 0)
+    builder.PrependUint8Slot(6, slot, 0)
     builder.Finish(builder.EndObject())
     return bytes(builder.Output())
 
@@ -145,8 +148,9 @@ def _flatbuffers_decode(data: bytes) -> Values:
         _flatbuffers_field(table, 1, byte),
         _flatbuffers_field(table, 2, number_types.Uint16Flags),
         _flatbuffers_field(table, 3, number_types.Uint32Flags),
-        _flatbuffers_field(table, 4, byte),
+        _flatbuffers_field(table, 4, number_types.Uint32Flags),
         _flatbuffers_field(table, 5, byte),
+        _flatbuffers_field(table, 6, byte),
     )
 
 

@@ -28,7 +28,7 @@ class Child:
         return {}
 
     def attach(self, name: str, slot_bytes: int) -> dict[str, Any]:
-        self._ways = self._sockets.ways(Region.attach(name, 1, slot_bytes), parent=False)
+        self._ways = self._sockets.ways(Region.attach(name, 1, 1, slot_bytes), parent=False)
         return {}
 
     def echo(self, name: str, count: int) -> dict[str, Any]:

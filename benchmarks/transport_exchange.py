@@ -107,7 +107,7 @@ def echo(largest: int, threads: int) -> Iterator[Echo]:
     try:
         with Worker("the echo", "benchmarks.transport_child", openmp()) as worker:
             worker.ask("connect", threads=threads, **sockets.bind())
-            region = Region.create(None, 1, slot_bytes(largest))
+            region = Region.create(None, 1, 1, slot_bytes(largest))
             try:
                 _share(worker, region)
                 yield Echo(worker, sockets.ways(region, parent=True))

@@ -22,9 +22,10 @@ import msgpack
 import torch
 import zmq
 
+from asynctsqp.layouts import Area, Layout
 from asynctsqp.messages import Call, ToGpu, decode_to_gpu, encode
 from asynctsqp.shm import Region
-from asynctsqp.tensor_codec import bytes_of, view_of
+from asynctsqp.tensor_codec import bytes_of
 
 COLUMNS = 64  # float32: a row of a tensor is 256 bytes
 ROW_BYTES = 4 * COLUMNS
@@ -83,7 +84,7 @@ class RawFrame:
         return [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
 
     def deserialise(self, frames: Frames) -> torch.Tensor:
-        return view_of(memoryview(frames[1]), torch.float32, _rows(frames[0]), COLUMNS)
+        return torch.frombuffer(frames[1], dtype=torch.float32).view(_rows(frames[0]), COLUMNS)
 
 
 class SharedMemory:
@@ -91,13 +92,14 @@ class SharedMemory:
 
     def __init__(self, socket: zmq.Socket[bytes], region: Region, parent: bool) -> None:
         self._socket = socket
-        self._outgoing = region.request if parent else region.reply
-        self._incoming = region.reply if parent else region.request
+        self._region = region
+        self._parent = parent
         # touched, as the project's own tensors are by then: the first touch of a page takes longer than its copy
         self._place = torch.zeros(region.slot_bytes // ROW_BYTES, COLUMNS)
 
     def serialise(self, tensor: torch.Tensor) -> Frames:
-        self._outgoing(0, 0, torch.float32, *tensor.shape).copy_(tensor)
+        requests, replies = self._region.tensors(0, 0, _layout(len(tensor)))
+        (requests if self._parent else replies)[0].copy_(tensor)
         return [_header(tensor)]
 
     def send(self, frames: Frames) -> None:
@@ -108,7 +110,8 @@ class SharedMemory:
 
     def deserialise(self, frames: Frames) -> torch.Tensor:
         rows = _rows(frames[0])
-        return self._place[:rows].copy_(self._incoming(0, 0, torch.float32, rows, COLUMNS))
+        requests, replies = self._region.tensors(0, 0, _layout(rows))
+        return self._place[:rows].copy_((replies if self._parent else requests)[0])
 
 
 class Sockets:
@@ -155,8 +158,14 @@ def _endpoint(socket: zmq.Socket[bytes]) -> str:
     return str(bound.rstrip(b"\0"), "ascii")
 
 
+def _layout(rows: int) -> Layout:
+    """One tensor each way, as a linear has it."""
+    area = Area((rows, COLUMNS), torch.float32, 0, 0)
+    return Layout((area,), (area,), area.end, area.end, reused=False)
+
+
 def _header(tensor: torch.Tensor) -> bytes:
-    return encode(Call(call_id=1, op=0, layer=0, rows=tensor.shape[0], lane=0, slot=0))
+    return encode(Call(call_id=1, op=0, layer=0, rows=tensor.shape[0], keys=0, lane=0, slot=0))
 
 
 def _rows(header: bytes | memoryview) -> int:

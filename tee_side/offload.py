@@ -21,7 +21,7 @@ from asynctsqp.errors import BadInputError, CallRefused, GpuSideLost, ProtocolEr
 from asynctsqp.layouts import Layout, cut, most_rows, sizes
 from asynctsqp.messages import Call, Done, Refused
 from asynctsqp.model_spec import Op
-from asynctsqp.records import RpcRecord
+from asynctsqp.reports.records import RpcRecord
 from asynctsqp.rpc import Reply
 from tee_side.lanes import Lane, Slot
 from tee_side.link import Link, Session

@@ -16,6 +16,7 @@ from asynctsqp.config import EngineOptions, SamplingOptions
 from asynctsqp.errors import CheckpointError, PromptError, ProtocolError, one_line
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.model_spec import Op
+from asynctsqp.reports.clock import ClockOffset
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from tee_side.enclave import Sequence as RunningSequence
 from tee_side.kv_cache import KVCache, KVMemory
@@ -70,15 +71,16 @@ class Pipeline:
         pipeline.load_s = time.perf_counter() - start
         return pipeline
 
-    def close(self) -> None:
+    def close(self) -> ClockOffset | None:
+        """Also writes what was recorded; with a trace, tells how well it knows the GPU side's clock."""
         self._link.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        return None if self._recorder is None else self._recorder.close()
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingOptions, progress: Progress
     ) -> AsyncGenerator[Piece, None]:
         """Raises PromptError before the first piece for a prompt that cannot be run."""
+        started_at = time.perf_counter()
         tokens = self._tokenizer.encode(prompt)
         room = self.spec.max_positions - len(tokens)
         if room < 1:
@@ -88,6 +90,7 @@ class Pipeline:
         progress.timing.load_s = self.load_s
         sampler = Sampler(sampling, self._defaults, self._end)
         text = TextStream(self._tokenizer, tokens, sampling.stop)
+        self._watch(sampler, text)
         async with self._room_for(len(tokens), most) as cache:
             sequence = self._model.sequence(cache)
             async for token in self._tokens(tokens, most, sequence, sampler, progress):
@@ -98,6 +101,7 @@ class Pipeline:
                     yield Piece(certain, token)
                     continue
                 reason = "stop" if ended or text.stopped else "length"
+                progress.stats = None if self._recorder is None else self._recorder.stats(started_at)
                 yield Piece(certain + text.finish(), token, reason)
                 return
 
@@ -108,6 +112,11 @@ class Pipeline:
             raise PromptError(f"{len(ids)} tokens, the model's context is {self.spec.max_positions}")
         async with self._room_for(len(ids), 0) as cache:
             return await self._forward(ids, self._model.sequence(cache), RpcTotals(), last_only=False)
+
+    def _watch(self, sampler: Sampler, text: TextStream) -> None:
+        if self._recorder is not None:
+            for target in (sampler, text):
+                self._recorder.watch(target, lane=0)
 
     def _room_for(self, prompt_tokens: int, new_tokens: int) -> AbstractAsyncContextManager[KVCache]:
         """Raises PromptError if they can never be run."""

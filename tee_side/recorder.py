@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from asynctsqp.config import EngineOptions
-from asynctsqp.records import Records, RpcRecord, Span
+from asynctsqp.reports.clock import ClockOffset
+from asynctsqp.reports.output_file import open_output
+from asynctsqp.reports.records import Records, RpcRecord, Span
+from asynctsqp.reports.rpc_log import RpcLog
+from asynctsqp.reports.stats import Stats, stats_of
+from asynctsqp.reports.trace import write_trace
 
-MOST = 2_000_000  # calls and operations that are kept: some hundred MiB
-
-# leaf operations only: spans do not overlap
+# What is timed, by the name of the method. Leaf operations only: spans must not overlap.
 _NAMES = {
     "embed": "EMBEDDING",
     "attention_norm": "RMSNORM",
@@ -29,12 +33,16 @@ _NAMES = {
 
 
 class Recorder:
-    """One engine's. `close` writes what is to be written."""
+    """One engine's."""
 
     def __init__(self, options: EngineOptions) -> None:
-        """Raises BadInputError for a file that cannot be written."""
-        self.records = Records()
-        self._keep = options.stats or options.trace is not None
+        """Opens the files, so that a wrong name is known at once. Raises BadInputError for one."""
+        self._stats = options.stats
+        self._trace = None if options.trace is None else Path(options.trace)
+        if self._trace is not None:
+            open_output(self._trace, "the trace").close()
+        self._log = None if options.log_rpc is None else RpcLog(Path(options.log_rpc))
+        self._records = Records()
 
     @classmethod
     def wanted_by(cls, options: EngineOptions) -> Recorder | None:
@@ -42,28 +50,39 @@ class Recorder:
 
     def note(self, record: RpcRecord) -> None:
         """A call has come back."""
-        if self._keep and len(self.records.rpcs) < MOST:
-            self.records.rpcs.append(record)
+        if self._log is not None:
+            self._log.write(record)
+        if self._keeps:
+            self._records.rpcs.append(record)
 
     def watch(self, target: Any, lane: int) -> None:
-        """Times the operations of an object, from here on, wherever it is called by name."""
-        if not self._keep:
-            return
-        for method, name in _NAMES.items():
-            if hasattr(target, method):
-                setattr(target, method, self._timed(getattr(target, method), name, lane))
+        """Times the operations of an object, from here on, wherever they are called by name."""
+        if self._keeps:
+            for method, name in _NAMES.items():
+                if hasattr(target, method):
+                    setattr(target, method, self._timed(getattr(target, method), name, lane))
 
-    def close(self) -> None:
-        pass
+    def stats(self, start_at: float) -> Stats | None:
+        """Of the time from then until now, if they are wanted."""
+        return stats_of(self._records, start_at, time.perf_counter()) if self._stats else None
+
+    def close(self) -> ClockOffset | None:
+        """Writes what is to be written; tells how well a trace knows the GPU side's clock."""
+        if self._log is not None:
+            self._log.close()
+        return None if self._trace is None else write_trace(self._records, self._trace)
+
+    @property
+    def _keeps(self) -> bool:
+        return self._stats or self._trace is not None
 
     def _timed(self, operation: Callable[..., Any], name: str, lane: int) -> Callable[..., Any]:
-        spans = self.records.spans
+        spans = self._records.spans
 
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
             result = operation(*arguments)
-            if len(spans) < MOST:
-                spans.append(Span(name, lane, start, time.perf_counter()))
+            spans.append(Span(name, lane, start, time.perf_counter()))
             return result
 
         return timed

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from asynctsqp.reports.stats import Stats
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -43,6 +45,7 @@ class Progress:
     completion_tokens: int = 0
     timing: Timing = field(default_factory=Timing)
     rpc: RpcTotals = field(default_factory=RpcTotals)
+    stats: Stats | None = None  # where the time went, after the last piece, with the engine option `stats`
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Completion:
     finish_reason: str  # "stop" or "length"
     timing: Timing
     rpc: RpcTotals
+    stats: Stats | None
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], progress: Progress) -> Completion:
@@ -68,4 +72,5 @@ class Completion:
             finish_reason=pieces[-1].finish_reason or "stop",
             timing=progress.timing,
             rpc=progress.rpc,
+            stats=progress.stats,
         )

@@ -96,18 +96,21 @@ def test_the_picture_is_drawn(made: Path) -> None:
     assert "</svg>" in (made / "plot.svg").read_text()
 
 
+LARGEST = (2**64 - 1, 255, 65535, 2**32 - 1, 2**32 - 1, 255, 255)  # of each field in every format
+
+
 @pytest.mark.parametrize("form", control_formats.formats(), ids=lambda form: form.name)
-@pytest.mark.parametrize("values", [control_formats.SAMPLE, (0,) * 6, (2**64 - 1, 255, 65535, 2**32 - 1, 255, 255)])
+@pytest.mark.parametrize("values", [control_formats.SAMPLE, (0,) * 7, LARGEST])
 def test_a_control_format_keeps_all_fields(form: control_formats.Format, values: tuple[int, ...]) -> None:
     assert form.decode(form.encode(values)) == values
 
 
 def test_the_headers_are_what_others_write() -> None:
     """msgpack's own library for the first two, the wire format's documentation for protobuf."""
-    ours, mapped, protobuf, _ = (form.encode((1, 2, 3, 4, 5, 6)) for form in control_formats.formats())
-    assert msgpack.unpackb(ours) == [3, 1, 2, 3, 4, 5, 6]
-    assert list(msgpack.unpackb(mapped).values()) == [1, 2, 3, 4, 5, 6]
-    assert protobuf == bytes(byte for field in range(1, 7) for byte in (field << 3, field))
+    ours, mapped, protobuf, _ = (form.encode((1, 2, 3, 4, 5, 6, 7)) for form in control_formats.formats())
+    assert msgpack.unpackb(ours) == [3, 1, 2, 3, 4, 5, 6, 7, None]
+    assert list(msgpack.unpackb(mapped).values()) == [1, 2, 3, 4, 5, 6, 7]
+    assert protobuf == bytes(byte for field in range(1, 8) for byte in (field << 3, field))
 
 
 def way(*rounds_ms: float) -> dict[str, Any]:

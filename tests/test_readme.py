@@ -26,6 +26,7 @@ def test_the_example_runs(demo_model: Path, tmp_path: Path) -> None:
 def test_the_tree_is_the_tree() -> None:
     """Every module is named in the README, and nothing is named that is not there."""
     tree = (ROOT / "README.md").read_text().split("## The tree")[1]
-    modules = {file.name for package in ("asynctsqp", "gpu_side", "tee_side") for file in (ROOT / package).glob("*.py")}
+    packages = [ROOT / package for package in ("asynctsqp", "gpu_side", "tee_side")]
+    modules = {file.name for package in packages for file in package.rglob("*.py")}
     named = set(re.findall(r"\w+\.py", tree))
     assert named == modules - {"__init__.py"}

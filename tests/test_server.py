@@ -6,6 +6,8 @@ import asyncio
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,36 @@ def test_a_flood_of_garbage_does_not_silence_the_others(good: GoodTee, tiny_gpu:
             good.check()
     finally:
         flooding.join()
+
+
+FLOOD = """
+import sys, time, zmq
+context = zmq.Context()
+socket = context.socket(zmq.DEALER)
+options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.HEARTBEAT_IVL: 100, zmq.HEARTBEAT_TTL: 300, zmq.HEARTBEAT_TIMEOUT: 60000}
+for option, value in options.items():
+    socket.setsockopt(option, value)
+socket.connect(sys.argv[1])
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    for _ in range(1000):
+        socket.send(b"garbage")
+"""
+
+
+def test_floods_faster_than_they_can_be_read_do_not_end_a_gpu_side(
+    tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    """With heartbeats that fall behind the flood: libzmq aborts where a full queue and a heartbeat's end meet."""
+    gpu = start_gpu(tiny_model("gqa"))
+    with raw_tee(gpu.endpoint) as peer:
+        good = GoodTee(peer, tiny_model("gqa"))
+        floods = [subprocess.Popen([sys.executable, "-c", FLOOD, gpu.endpoint]) for _ in range(2)]
+        while any(flood.poll() is None for flood in floods):
+            good.check()
+        assert wait_until(lambda: mapped_regions(gpu.process.pid) == 0)
+        good.check()
+    assert gpu.process.poll() is None
 
 
 def test_a_load_that_failed_may_be_tried_again(

@@ -6,7 +6,11 @@ for `gpu_start_at`, which the GPU side read from its own; the others are duratio
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
+
+MOST = 1_000_000  # of either kind: a long-lived engine keeps some hundred MiB, and forgets the oldest
 
 
 class RpcRecord(msgspec.Struct, frozen=True, gc=False):
@@ -47,8 +51,8 @@ class Span(msgspec.Struct, frozen=True, gc=False):
 
 
 class Records:
-    """Everything that was written down between two moments."""
+    """The latest that was written down."""
 
     def __init__(self) -> None:
-        self.rpcs: list[RpcRecord] = []
-        self.spans: list[Span] = []
+        self.rpcs: deque[RpcRecord] = deque(maxlen=MOST)
+        self.spans: deque[Span] = deque(maxlen=MOST)
