@@ -8,7 +8,11 @@ import zmq.asyncio
 from asynctsqp.limits import MAX_FRAME_BYTES
 
 HEARTBEAT_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 5_000
+UNACKNOWLEDGED_MS = 5_000
+# libzmq's clock for an answer to a heartbeat also runs while one large frame is on its way to us: as long as a call
+# may take (rpc.CALL_DEADLINE_S). A dead machine is noticed by the kernel, since heartbeats leave it something to
+# acknowledge.
+HEARTBEAT_TIMEOUT_MS = 60_000
 
 
 def _socket(context: zmq.asyncio.Context, kind: int, max_frame_bytes: int) -> zmq.asyncio.Socket:
@@ -22,6 +26,7 @@ def _socket(context: zmq.asyncio.Context, kind: int, max_frame_bytes: int) -> zm
     # answered by libzmq's own I/O thread: a side that is busy computing is still alive
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
     return socket
 
 

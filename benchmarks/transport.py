@@ -17,8 +17,8 @@ shared memory. Medians, in ms, of the way from the parent to the child:
 Both processes read CLOCK_MONOTONIC, which is one clock on a machine, so their times are compared as they are. The ways
 take turns, A B C A B C, `--rounds` times for each size; in each turn the first exchange is checked, and not counted.
 Sockets are blocking, without an event loop; shared memory is announced by a header over ipc, without the doorbell.
-With more than one thread the parent should be started with what asynctsqp.cores.openmp() says: its idle threads would
-spin on the child's cores otherwise.
+Copies use --threads threads, as many as the product's own by default, with the product's OpenMP settings: idle ones
+sleep instead of spinning on the other process's cores. On a busy machine several threads copy no faster than one.
 
 "memcpys" in the table is the total in units of the floor: one thread's memcpy at the rate measured for 64 MiB.
 
@@ -32,6 +32,7 @@ import argparse
 import ctypes
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -39,6 +40,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from asynctsqp.cores import default_threads, openmp
+
+os.environ.update(openmp())  # read when torch is imported, below
 
 import numpy as np
 import torch
@@ -129,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest", type=int, default=SIZES[-1], metavar="BYTES", help=f"tensors up to this (default: {SIZES[-1]})"
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of either process (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, default=default_threads(), metavar="N", help="of either process (default: chosen)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw total time against size (png, svg or pdf)")
     return parser

@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 
 def serve(commands: Mapping[str, Command]) -> None:
     """Runs commands by name until standard input ends. An exception of one is its reply, in one line."""
-    _die_with_parent()
+    die_with_parent()
     # Our own copy of standard output: whatever else writes there (a library's banner) goes to standard error.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as replies:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -33,6 +33,6 @@ def _reply(command: Command, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A benchmark that is killed must not leave a stopped worker behind, which would see no end of its input."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

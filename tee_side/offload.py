@@ -27,6 +27,8 @@ from tee_side.lanes import Lane, Slot
 from tee_side.link import Link, Session
 from tee_side.request import RpcTotals
 
+MOST_LOSSES = 5  # over one operation, while --reconnect-s makes new connections
+
 Note = Callable[[RpcRecord], None]
 Tensors = tuple[torch.Tensor, ...]
 
@@ -63,12 +65,13 @@ class Offload:
         return y
 
     async def call(self, op: Op, layer: int, *inputs: torch.Tensor) -> Tensors:
-        while True:
+        for _ in range(MOST_LOSSES):
             session = self._link.session
             try:
                 return await self._call(session, op, layer, inputs)
             except GpuSideLost as loss:
                 await self._link.recover(session, loss)
+        raise GpuSideLost(f"the GPU side was lost {MOST_LOSSES} times over the same call: something in it ends it")
 
     async def _call(self, session: Session, op: Op, layer: int, inputs: Tensors) -> Tensors:
         session.connection.check()

@@ -15,18 +15,12 @@ from tests.processes import assert_one_error, run_gpu, run_tee, shared_memory_na
 PROMPT = ("--prompt", "Once upon a time", "--max-new-tokens", "2", "--temperature", "0")
 
 NOT_BUILT: list[tuple[str, ...]] = [
-    *(("--partition", value) for value in ("per-op", "batched", "fused", "fused-layer")),
-    ("--transport", "msgpack"),
-    *(("--compress", value) for value in ("lz4", "zstd")),
     *(("--protect", value) for value in ("mask", "verify", "full")),
     ("--weight-bits", "12"),
     ("--mask-memory", "1G"),
     ("--mask-peer", "tcp://127.0.0.1:1"),
     ("--mask-peer-key", "key"),
     ("--enclave",),
-    ("--stats",),
-    ("--log-rpc", "calls.jsonl"),
-    ("--trace", "trace.json"),
     ("--serve", "127.0.0.1:8000"),
 ]
 
@@ -68,6 +62,11 @@ NONSENSE: list[tuple[str, ...]] = [
     ("--shm-name", "a/b"),
     ("--shm-name", "/" + "a" * 300),
     ("--shm-name", "/name", "--transport", "binary"),
+    ("--compress", "lz4", "--transport", "shm"),
+    ("--protect", "mask", "--partition", "fused"),
+    ("--doorbell", "on", "--transport", "msgpack"),
+    ("--log-rpc", "/"),
+    ("--trace", "/no/such/directory/trace.json"),
     ("--gpu", ""),
     ("--gpu", "127.0.0.1:5555"),
     ("--gpu", "http://127.0.0.1:5555"),

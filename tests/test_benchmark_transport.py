@@ -14,6 +14,7 @@ import msgpack
 import psutil
 import pytest
 
+from asynctsqp.cores import default_threads
 from benchmarks import control_formats, transport_verdicts
 from benchmarks.figures import Interval, sign_interval
 from benchmarks.transport_exchange import Put, Taken, steps
@@ -39,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(made: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((made / "out.json").read_text())
     assert report["benchmark"] == "transport"
-    assert report["settings"] == {"rounds": 1, "largest": 4096, "threads": 1}
+    assert report["settings"] == {"rounds": 1, "largest": 4096, "threads": default_threads()}
     found: dict[str, Any] = report["results"]
     return found
 
