@@ -184,7 +184,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     use_cores(arguments.threads)
     described = machine.describe()
     dtypes = {rung.dtype for rung in rungs}
-    with steps(len(dtypes) + len(rungs) * (BESIDES_ROUNDS + run.limits.rounds)) as step:
+    with steps(len(dtypes) + len(rungs) * (BESIDES_ROUNDS + run.limits.rounds), lines=True) as step:
         results = climb(run, rungs, step)
     settings = {"model": run.model, "prompt_tokens": len(run.prompt), **dataclasses.asdict(run.limits)}
     predecessor = {"prefill": PREDECESSOR_PREFILL, "road_map": ROAD_MAP}
