@@ -16,7 +16,7 @@ machine. Per rung:
 - decode: ms per token, from the first to the 33rd token of a greedy answer to a 64-token prompt.
 - calls and bytes of tensors (both ways) of one prefill and of one decode step.
 - communication: 1 - (TEE side's computing + GPU side's computing) / time, from the engine's own records; see
-  benchmarks.communication. The records are on in every rung: they cost the shortest steps about 1 %.
+  benchmarks.communication. The records are on in every rung, and take well under 1 % of a decode step.
 - speed-up: the `seed` rung's median over this rung's; where that was left out, the first rung's that was not.
 - ratio: this rung's median over that of `transformers` in one process, in the same dtype: the line to beat.
 - whether all answers had the tokens of transformers. In float32 they should; in bfloat16 both round, each its own way.
@@ -24,14 +24,14 @@ machine. Per rung:
 Each rung is an engine in a process of its own, which ends when the rung does, so that one engine and one transformers
 are all that has to fit the memory. They take turns, A B A B, and who is not measured is stopped; benchmarks.baseline
 says how that is done, what a disturbed pair is, and which settings transformers has. --limit-s bounds the rounds of one
-rung, and a tenth of it the wait for a quiet machine before each sample. With few rounds over a model that takes
-seconds, the first rungs need most of the time.
+rung, and a tenth of it the wait for a quiet machine before each sample. Each
+measure is taken at least once.
 
 For `random:NAME` transformers gets the same tensors as the engine.
 
-Not measured: float16, which would be no rung of its own on a CPU without products in it (where this was written they
-take as long as float32's in a prefill, and more than twice as long in a decode step); masks, several lanes,
-compression, a network, a GPU, an enclave.
+Not measured: float16 (a CPU without instructions for it makes these products no faster than float32's in a prefill,
+and took two and a half times as long for a single row); masks, several lanes, compression, a network, a GPU, an
+enclave.
 """
 
 from __future__ import annotations

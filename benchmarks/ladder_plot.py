@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange"}  # of a dtype's bars and of its line
+BARS = {"float32": "lightsteelblue", "bfloat16": "bisque"}  # colours, by dtype
+LINES = {"float32": "tab:blue", "bfloat16": "tab:orange"}
 
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
@@ -28,12 +29,12 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
 
 def _bars(axes: Axes, results: Mapping[str, Any], name: str, label: str) -> None:
     values = [result[name]["ours_median"] for result in results.values()]
-    colours = [COLOURS[result["dtype"]] for result in results.values()]
+    colours = [BARS[result["dtype"]] for result in results.values()]
     axes.bar_label(axes.barh(list(results), values, color=colours), fmt="%.3g", padding=3)
     for dtype in dict.fromkeys(result["dtype"] for result in results.values()):
         theirs = [result[name]["theirs_median"] for result in results.values() if result["dtype"] == dtype]
         line = statistics.median(theirs)
-        axes.axvline(line, color=COLOURS[dtype], linestyle="--", label=f"transformers, {dtype}")
+        axes.axvline(line, color=LINES[dtype], linestyle="--", label=f"transformers, {dtype}")
     axes.set_xlabel(label)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
