@@ -42,13 +42,14 @@ from rich.console import Console
 
 from asynctsqp.config import OneLineParser
 from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.model_spec import ModelSpec
 from benchmarks import demo_model, machine
 from benchmarks.baseline_table import show
 from benchmarks.cli import Step, engine_options, steps
 from benchmarks.contenders import Answer, Measure, Split, Transformers, random_prompt
-from benchmarks.figures import compare
 from benchmarks.harness import Worker, WorkerFailed, use_cores
-from benchmarks.turns import Limits, Pair, Pairs, take_turns, used
+from benchmarks.traffic import of_a_prefill, of_a_step
+from benchmarks.turns import Limits, Pair, Pairs, take_turns, times, used
 
 DTYPES = ("float32", "bfloat16")
 STEPS = 64  # of decoding
@@ -60,7 +61,8 @@ BEFORE_THE_ROUNDS = 2  # steps of a run: loading, warm-up
 
 def run(model: Path, dtype: str, options: dict[str, Any], limits: Limits, step: Step) -> dict[str, Any]:
     """One dtype, from loading to the figures. options: of the engine."""
-    prompt = random_prompt(model, max(measure.prompt_tokens for measure in MEASURES))
+    spec = ModelSpec.read(model / "config.json")
+    prompt = random_prompt(spec, max(measure.prompt_tokens for measure in MEASURES))
     with Split.worker() as ours, Transformers.worker() as theirs:
         step(f"{dtype}: loading")
         settings = _load(ours, theirs, str(model), dtype, options)
@@ -73,7 +75,7 @@ def run(model: Path, dtype: str, options: dict[str, Any], limits: Limits, step: 
         memory = ours.memory() | theirs.memory()
     return {
         "settings": settings | {"attention": transformers.attention},
-        "times": {measure.name: _times(measure, pairs[measure.name]) for measure in MEASURES},
+        "times": {measure.name: times(measure, pairs[measure.name]) for measure in MEASURES},
         "tokens_in_common": _in_common(pairs[DECODE.name][-1]),
         "traffic": traffic,
         "memory": {
@@ -91,24 +93,6 @@ def _load(ours: Worker, theirs: Worker, model: str, dtype: str, options: dict[st
     return {"asynctsqp": ours.receive(), "transformers": theirs.receive()}
 
 
-def _times(measure: Measure, pairs: Sequence[Pair]) -> dict[str, Any]:
-    counted = used(pairs)
-    ours, theirs = [measure.value(pair.ours) for pair in counted], [measure.value(pair.theirs) for pair in counted]
-    samples = [
-        {
-            "ours": measure.value(pair.ours),
-            "theirs": measure.value(pair.theirs),
-            "others_share": pair.others_share,
-            "quiet": pair.quiet,
-            "used": pair in counted,
-        }
-        for pair in pairs
-    ]
-    figures = dataclasses.asdict(compare(ours, theirs))
-    disturbed = not all(pair.quiet for pair in counted)
-    return {"unit": measure.unit, **figures, "disturbed": disturbed, "samples": samples}
-
-
 def _in_common(pair: Pair) -> int:
     """How many of the tokens are the same, from the first one on."""
     both = list(zip(pair.ours["token_ids"], pair.theirs["token_ids"], strict=True))
@@ -116,11 +100,10 @@ def _in_common(pair: Pair) -> int:
 
 
 def _traffic(pairs: Pairs, first_token: Answer) -> dict[str, dict[str, float]]:
-    """Of one decode step and of one prefill. What a step takes is a long answer's total less its first token's."""
-    whole, first = pairs[DECODE.name][-1].ours["rpc"], first_token["rpc"]
+    """Of one decode step and of one prefill."""
     counts = {
-        DECODE.name: {key: (whole[key] - first[key]) / STEPS for key in ("calls", "bytes_sent", "bytes_received")},
-        PREFILL.name: dict(pairs[PREFILL.name][-1].ours["rpc"]),
+        DECODE.name: of_a_step(pairs[DECODE.name][-1].ours, first_token),
+        PREFILL.name: of_a_prefill(pairs[PREFILL.name][-1].ours),
     }
     return {name: count | {"wait_share": _wait_share(pairs[name])} for name, count in counts.items()}
 

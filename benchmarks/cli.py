@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,10 +32,17 @@ def engine_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def steps(total: int) -> Iterator[Step]:
-    """A live bar, gone when the block ends; nothing where standard error is no terminal."""
+def steps(total: int, lines: bool = False) -> Iterator[Step]:
+    """A live bar, gone when the block ends. Where standard error is no terminal: nothing, or a line a step.
+
+    lines: for what takes so long that a log has to show how far it is.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
+    if lines and not console.is_terminal:
+        numbers = itertools.count(1)
+        yield lambda text: console.print(f"{next(numbers)}/{total} {text}", soft_wrap=True, highlight=False)
+        return
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, completed=-1)
         yield lambda text: progress.update(task, advance=1, description=text)

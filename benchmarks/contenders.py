@@ -6,12 +6,11 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from asynctsqp.cores import openmp
 from asynctsqp.model_spec import ModelSpec
-from benchmarks.harness import Worker
+from benchmarks.harness import PATIENCE_S, Worker
 
 Answer = dict[str, Any]
 
@@ -50,10 +49,10 @@ class Split:
         worker.sleep()
 
     @staticmethod
-    def worker() -> Worker:
+    def worker(patience_s: float = PATIENCE_S) -> Worker:
         """With what `python -m asynctsqp.tee` adds to its environment."""
         added = {name: value for name, value in openmp().items() if name not in os.environ}
-        return Worker("asynctsqp", "benchmarks.split_worker", added)
+        return Worker("asynctsqp", "benchmarks.split_worker", added, patience_s)
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
         for measure in measures:
@@ -82,8 +81,8 @@ class Transformers:
         worker.sleep()
 
     @staticmethod
-    def worker() -> Worker:
-        return Worker("transformers", "benchmarks.transformers_worker", {})
+    def worker(patience_s: float = PATIENCE_S) -> Worker:
+        return Worker("transformers", "benchmarks.transformers_worker", {}, patience_s)
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
         """Each kind of attention twice: the first run is cold, and the better one counts."""
@@ -99,8 +98,7 @@ class Transformers:
         return self._worker.measure("answer", tokens=tokens, new_tokens=measure.new_tokens, attention=attention)
 
 
-def random_prompt(model: Path, tokens: int) -> list[int]:
-    """Always the same one. Raises CheckpointError if `model` is no checkpoint."""
-    vocabulary = ModelSpec.read(model / "config.json").vocab_size
+def random_prompt(spec: ModelSpec, tokens: int) -> list[int]:
+    """Always the same one."""
     seeded = random.Random(0)
-    return [seeded.randrange(vocabulary) for _ in range(tokens)]
+    return [seeded.randrange(spec.vocab_size) for _ in range(tokens)]

@@ -38,9 +38,11 @@ class WorkerFailed(RuntimeError):
 class Worker:
     """One contender's process. A context manager; asleep from the first `sleep` on, but for `awake` blocks."""
 
-    def __init__(self, name: str, module: str, environment: Mapping[str, str]) -> None:
-        """Starts `python -m module`. environment: added to ours, without OpenMP's variables (see `openmp_free`)."""
+    def __init__(self, name: str, module: str, environment: Mapping[str, str], patience_s: float = PATIENCE_S) -> None:
+        """Starts `python -m module`. environment: added to ours, without OpenMP's variables (see `openmp_free`);
+        patience_s: how long a measurement waits for a quiet machine."""
         self.name = name
+        self._patience_s = patience_s
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -106,7 +108,7 @@ class Worker:
 
         `others_share` in the result: of the time of our cores, what others took meanwhile.
         """
-        _wait_for_quiet()
+        _wait_for_quiet(self._patience_s)
         with self.awake():
             others = _Others(self._tree())
             result = self.ask(command, **arguments)
@@ -167,8 +169,8 @@ class _Others:
         return float(busy - own)
 
 
-def _wait_for_quiet() -> None:
-    end = time.monotonic() + PATIENCE_S
+def _wait_for_quiet(patience_s: float) -> None:
+    end = time.monotonic() + patience_s
     while time.monotonic() < end:
         others = _Others(())
         time.sleep(LOOK_S)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from asynctsqp import Engine
+from benchmarks.communication import computed
 from benchmarks.worker import serve
 from tee_side.request import Progress
 
@@ -25,8 +26,21 @@ class Split:
         return {"options": dataclasses.asdict(self._engine.options)}
 
     def answer(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
-        """Greedy, exactly `new_tokens` tokens. first_s: to the first token; rest_s: from there to the last."""
+        """Greedy, exactly `new_tokens` tokens. first_s: to the first token; rest_s: from there to the last.
+
+        computed: seconds of both that either side computed, with `stats=True` among the options.
+        """
         return self._runner.run(self._answer(tokens, new_tokens))
+
+    def again(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
+        """`answer` without anything that is kept from token to token: each is the first one of a longer prompt."""
+        firsts: list[dict[str, Any]] = []
+        made: list[int] = []
+        for _ in range(new_tokens):
+            firsts.append(self.answer(tokens + made, 1))
+            made += firsts[-1]["token_ids"]
+        spent = [first["first_s"] for first in firsts]
+        return {"first_s": spent[0], "rest_s": sum(spent[1:]), "token_ids": made}
 
     async def _answer(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
         if self._engine is None:
@@ -48,6 +62,7 @@ class Split:
             "token_ids": made,
             "rpc": dataclasses.asdict(progress.rpc),
             "wait_share": progress.rpc.wait_s / busy_s,
+            "computed": computed(self._engine, arrivals[0]),
         }
 
     def close(self) -> None:
@@ -59,7 +74,7 @@ def main() -> None:
     with asyncio.Runner() as runner:
         split = Split(runner)
         try:
-            serve({"load": split.load, "answer": split.answer})
+            serve({"load": split.load, "answer": split.answer, "again": split.again})
         finally:
             split.close()
 

@@ -6,9 +6,11 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.random_weights import PREFIX
 from benchmarks.worker import serve
 
 
@@ -38,7 +40,7 @@ class Transformers:
     def load(self, model: str, dtype: str) -> dict[str, Any]:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self._model = _read(model, getattr(torch, dtype)).eval()
         # `generate` fills what a call leaves out from here: no end-of-sequence token, so that no answer is short
         self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
         return {"threads": torch.get_num_threads()}
@@ -67,6 +69,16 @@ class Transformers:
             "rest_s": clock.times[-1] - clock.times[0],
             "token_ids": output[0, len(tokens) :].tolist(),
         }
+
+
+def _read(model: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """By transformers' own reader, but for random weights: of those there is no file."""
+    if not model.startswith(PREFIX):
+        return LlamaForCausalLM.from_pretrained(model, dtype=dtype)
+    checkpoint = Checkpoint.find(model)
+    config = LlamaConfig.from_pretrained(checkpoint.directory)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.cli import Step
 from benchmarks.contenders import Answer, Contender, Measure
+from benchmarks.figures import compare
 from benchmarks.harness import QUIET
 
 FEWEST = 3  # pairs that a median may come from
@@ -63,3 +66,22 @@ def used(pairs: Sequence[Pair]) -> Sequence[Pair]:
     """Those that the figures come from: the quiet ones, or all where those are too few."""
     quiet = [pair for pair in pairs if pair.quiet]
     return quiet if len(quiet) >= min(FEWEST, len(pairs)) else pairs
+
+
+def times(measure: Measure, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The figures of one measure, and every sample that they come from."""
+    counted = used(pairs)
+    ours, theirs = [measure.value(pair.ours) for pair in counted], [measure.value(pair.theirs) for pair in counted]
+    samples = [
+        {
+            "ours": measure.value(pair.ours),
+            "theirs": measure.value(pair.theirs),
+            "others_share": pair.others_share,
+            "quiet": pair.quiet,
+            "used": pair in counted,
+        }
+        for pair in pairs
+    ]
+    figures = dataclasses.asdict(compare(ours, theirs))
+    disturbed = not all(pair.quiet for pair in counted)
+    return {"unit": measure.unit, **figures, "disturbed": disturbed, "samples": samples}
