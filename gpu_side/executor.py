@@ -46,10 +46,11 @@ class Executor(Protocol):
 class CpuExecutor:
     """Decode-sized products inline, longer ones one after another in one thread (torch itself uses more)."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         self.device = torch.device("cpu")
         self.busy = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="product")
+        # OpenMP counts its threads for each thread that uses them by itself
+        self._thread = ThreadPoolExecutor(1, "product", torch.set_num_threads, (threads,))
 
     def inline(self, rows: int) -> bool:
         return rows <= DECODE_ROWS
@@ -117,8 +118,11 @@ class CudaExecutor:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(region.whole().data_ptr()))
 
 
-def choose(device: str) -> Executor:
-    """device: auto, cpu, cuda or cuda:N. Raises BadInputError where there is no such device."""
+def choose(device: str, threads: int) -> Executor:
+    """device: auto, cpu, cuda or cuda:N; threads: for products on the CPU.
+
+    Raises BadInputError where there is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -126,7 +130,7 @@ def choose(device: str) -> Executor:
     except RuntimeError:
         raise BadInputError(f"--device is auto, cpu or cuda[:N], not {device!r}") from None
     if chosen.type == "cpu":
-        return CpuExecutor()
+        return CpuExecutor(threads)
     if chosen.type != "cuda":
         raise BadInputError(f"--device is auto, cpu or cuda[:N], not {device!r}")
     if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():

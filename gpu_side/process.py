@@ -37,17 +37,17 @@ def serve(bind: str | None, model: str, device: str, dtype: str | None, threads:
     logging.basicConfig(level=logging.WARNING, format="asynctsqp.gpu: %(message)s")
     torch.set_num_threads(threads)
     with _private_endpoint() if bind is None else contextlib.nullcontext(bind) as endpoint:
-        uvloop.run(_until_stopped(endpoint, model, device, dtype, owned=bind is None))
+        uvloop.run(_until_stopped(endpoint, model, device, dtype, threads, owned=bind is None))
 
 
-async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | None, owned: bool) -> None:
+async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | None, threads: int, owned: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     if owned:
         await _watch_standard_input(stop)
-    serving = asyncio.create_task(_load_and_serve(endpoint, model, device, dtype))
+    serving = asyncio.create_task(_load_and_serve(endpoint, model, device, dtype, threads))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, stopping):
@@ -56,12 +56,12 @@ async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | No
         await serving
 
 
-async def _load_and_serve(endpoint: str, model: str, device: str, dtype: str | None) -> None:
+async def _load_and_serve(endpoint: str, model: str, device: str, dtype: str | None, threads: int) -> None:
     context = zmq.asyncio.Context()
     try:
         # bound before the long load: a port in use is known at once
         with server_socket(context) as socket, _bound(socket, endpoint):
-            chosen = executor.choose(device)
+            chosen = executor.choose(device, threads)
             checkpoint = await asyncio.to_thread(Checkpoint.find, model)
             server = Server(socket, checkpoint, chosen, dtype)
             await asyncio.gather(server.run(), _announce(server, socket, dtype))

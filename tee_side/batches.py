@@ -55,9 +55,15 @@ class Batches:
         self._model = model
         self._link = link
         self._note = note
+        self._lanes = lanes
         self._work = asyncio.Event()
         self._flights: set[_Flight] = set()
         self._workers = [asyncio.create_task(self._serve(lane)) for lane in lanes]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._flights and all(lane.idle for lane in self._lanes)
 
     def submit(self, request: Request, prompt: Sequence[int], every: bool) -> None:
         """every: the scores after each token are wanted, and nothing else."""
@@ -105,12 +111,13 @@ class Batches:
     def _finish(self, flight: _Flight, totals: RpcTotals) -> None:
         if flight.task.cancelled():
             return
-        error = flight.task.exception()
+        lost = flight.task.exception()
         rows = sum(len(portion.tokens) for portion in flight.batch)
         start = 0
         for portion in flight.batch:
-            end = start + (0 if error else _wanted_rows(portion))
+            end = start + (0 if lost else _wanted_rows(portion))
             portion.request.account(totals, len(portion.tokens) / rows)
+            error = lost or portion.request.sequence.cache.failure
             if isinstance(error, Exception):
                 self._fail(portion.request, error)
             elif end > start:

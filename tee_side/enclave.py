@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from asynctsqp import operators
+from asynctsqp.errors import EngineClosed
 from asynctsqp.model_spec import ModelSpec
 from tee_side.kv_cache import KVCache, Span
 from tee_side.rope import Angles, Rope
@@ -55,7 +56,7 @@ class Enclave:
         self._cos, self._sin = angles[0] if len(angles) == 1 else map(torch.cat, zip(*angles, strict=True))
 
     def fail(self, failure: Exception) -> None:
-        """The pass has failed: later ones over the same sequences fail too, instead of waiting."""
+        """The pass has failed: later ones over the same sequences are of no use."""
         for part in self._parts:
             part.cache.fail(failure)
 
@@ -85,15 +86,18 @@ class Enclave:
         q, k, v = self.rotate(qkv)
         contexts = []
         for part in self._parts:
-            await part.cache.turn(layer, part.span)
-            contexts.append(self.attention(layer, part, q[part.rows], k[part.rows], v[part.rows]))
+            if await part.cache.turn(layer, part.span):
+                contexts.append(self.attention(layer, part, q[part.rows], k[part.rows], v[part.rows]))
+            else:  # nobody will ask for these rows any more; the neighbours' are not concerned
+                contexts.append(q.new_zeros(part.span.length, self._spec.q_features))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     async def attend_elsewhere(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`attend`'s first part, for a single sequence -> what QK and AV need: q, keys and values of all so far."""
         q, k, v = self.rotate(qkv)
         (part,) = self._parts
-        await part.cache.turn(layer, part.span)
+        if not await part.cache.turn(layer, part.span):
+            raise EngineClosed("an earlier part of the prompt has failed")
         part.cache.store(layer, part.span, k, v)
         keys, values = part.cache.past(layer, part.span)
         return self._grouped(q), keys, values

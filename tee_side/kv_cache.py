@@ -111,7 +111,7 @@ class KVCache:
         self._blocks: list[_Block] = []
         self._stored = [0] * spec.layers  # tokens whose keys and values a layer has
         self._turns: dict[tuple[int, int], asyncio.Future[None]] = {}  # by layer and first token
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None  # what a pass over some of the tokens ended with
         self.length = 0
 
     def extend(self, length: int) -> Span:
@@ -129,23 +129,22 @@ class KVCache:
         wanted = _round_up(max(length, min(allocated, MAX_BLOCK_TOKENS) or self._first))
         return _Block(self._spec, max(length, min(wanted, self._room - allocated)))
 
-    async def turn(self, layer: int, span: Span) -> None:
-        """Waits until a layer has the keys and values of all tokens before the span. The only wait between lanes.
+    async def turn(self, layer: int, span: Span) -> bool:
+        """Waits until a layer has the keys and values of all tokens before the span: the only wait between lanes.
 
-        Raises what the pass over earlier tokens failed with.
+        False: it never will, because the pass over them has failed; `failure` says with what.
         """
-        if self._stored[layer] < span.position:
+        if self._stored[layer] < span.position and self.failure is None:
             turn = self._turns[layer, span.position] = asyncio.get_running_loop().create_future()
-            if self._failure is not None:
-                turn.set_exception(self._failure)
             await turn
+        return self.failure is None
 
     def fail(self, failure: Exception) -> None:
-        """A pass over some of the tokens has failed: those that wait for it never get their turn."""
-        self._failure = failure
+        """A pass over some of the tokens has failed: those that wait for it wait no longer."""
+        self.failure = failure
         for turn in self._turns.values():
             if not turn.done():
-                turn.set_exception(failure)
+                turn.set_result(None)
 
     def attend(self, layer: int, span: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores the span's keys and values, and attends to them and to all before them.

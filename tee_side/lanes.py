@@ -46,6 +46,7 @@ class Lane:
 
     def __init__(self, index: int, slots: int) -> None:
         self.index = index
+        self._slots = slots
         self._free: asyncio.Queue[Slot] = asyncio.Queue()
         for slot in range(slots):
             self._free.put_nowait(Slot(slot, self._free))
@@ -53,6 +54,11 @@ class Lane:
     @property
     def has_free_slot(self) -> bool:
         return not self._free.empty()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call is on its way, not even one that nobody waits for."""
+        return self._free.qsize() == self._slots
 
     async def slot(self) -> Slot:
         """The next free one; who waits here must hold none, or all could wait for each other."""

@@ -38,14 +38,12 @@ async def live_and_die():
     options = EngineOptions(transport="shm", lanes=2)
     layouts = Layouts(checkpoint.spec, torch.float32)
     link = await Link.open(address, checkpoint, options, layouts, Room(2, 2, 1 << 20))
-    if True:
-        lane = Lane(0, 2)
-        gpu = Offload(link, lane, RpcTotals(), None)
-        for rows in (1, 700):
-            await gpu.linear(Op.QKV, 0, torch.ones(rows, 64))
-        asyncio.get_running_loop().call_later(0.001, os.kill, os.getpid(), signal.SIGKILL)
-        while True:  # killed with calls on their way
-            await gpu.linear(Op.GATE_UP, 1, torch.ones(700, 64))
+    gpu = Offload(link, Lane(0, 2), RpcTotals(), None)
+    for rows in (1, 700):
+        await gpu.linear(Op.QKV, 0, torch.ones(rows, 64))
+    asyncio.get_running_loop().call_later(0.001, os.kill, os.getpid(), signal.SIGKILL)
+    while True:  # killed with calls on their way
+        await gpu.linear(Op.GATE_UP, 1, torch.ones(700, 64))
 
 for _ in range(count):
     child = os.fork()

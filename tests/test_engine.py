@@ -53,9 +53,8 @@ async def nothing_held(engine: Engine) -> None:
     """Waits until every lane and all KV memory is free again, at most 2 s."""
     pipeline = engine._pipeline
     assert pipeline is not None
-    lanes = engine.options.lanes or 2
     async with asyncio.timeout(2):
-        while pipeline._lanes.free < lanes or pipeline._memory.reserved_bytes:
+        while not pipeline._batches.idle or pipeline._memory.reserved_bytes:
             await asyncio.sleep(0.01)
 
 

@@ -103,7 +103,7 @@ def test_one_load_at_a_time(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -
         return dtype
 
     async def run() -> list[str]:
-        server = Server(mock.Mock(), tiny, executor.choose("cpu"), None)
+        server = Server(mock.Mock(), tiny, executor.choose("cpu", 1), None)
         return await asyncio.gather(*(server.weights(dtype) for dtype in ("float32", "bfloat16", "float16")))
 
     monkeypatch.setattr("gpu_side.server.Weights", load)
