@@ -42,7 +42,7 @@ class Recorder:
         if self._trace is not None:
             open_output(self._trace, "the trace").close()
         self._log = None if options.log_rpc is None else RpcLog(Path(options.log_rpc))
-        self._records = Records()
+        self.records = Records()
 
     @classmethod
     def wanted_by(cls, options: EngineOptions) -> Recorder | None:
@@ -53,7 +53,7 @@ class Recorder:
         if self._log is not None:
             self._log.write(record)
         if self._keeps:
-            self._records.rpcs.append(record)
+            self.records.rpcs.append(record)
 
     def watch(self, target: Any, lane: int) -> None:
         """Times the operations of an object, from here on, wherever they are called by name."""
@@ -64,20 +64,20 @@ class Recorder:
 
     def stats(self, start_at: float) -> Stats | None:
         """Of the time from then until now, if they are wanted."""
-        return stats_of(self._records, start_at, time.perf_counter()) if self._stats else None
+        return stats_of(self.records, start_at, time.perf_counter()) if self._stats else None
 
     def close(self) -> ClockOffset | None:
         """Writes what is to be written; tells how well a trace knows the GPU side's clock."""
         if self._log is not None:
             self._log.close()
-        return None if self._trace is None else write_trace(self._records, self._trace)
+        return None if self._trace is None else write_trace(self.records, self._trace)
 
     @property
     def _keeps(self) -> bool:
         return self._stats or self._trace is not None
 
     def _timed(self, operation: Callable[..., Any], name: str, lane: int) -> Callable[..., Any]:
-        spans = self._records.spans
+        spans = self.records.spans
 
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
