@@ -81,7 +81,9 @@ class EngineOptions:
         type=int,
         metavar="N",
     )
-    slot_bytes: int | None = _size("of each slot, two a lane and direction (default: 16M, or what the model needs)")
+    slot_bytes: int | None = _size(
+        "of each slot, two or three a lane and direction (default: what a chunk needs, up to 16M)"
+    )
     kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
     doorbell: str = option("auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"))
     reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")

@@ -72,7 +72,7 @@ class GpuSideLost(GpuSideError):
 
 
 class ProtocolError(GpuSideError):
-    """The GPU side sent something that no honest one sends; the connection is closed."""
+    """The GPU side sent something that no honest one sends."""
 
 
 class CallRefused(GpuSideError):

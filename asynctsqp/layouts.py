@@ -12,7 +12,6 @@ Query heads that share a key head are a group: heads = kv_heads * group.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -137,7 +136,7 @@ def _features(spec: ModelSpec, op: Op) -> tuple[int, int]:
     return spec.linears[op].in_features, spec.linears[op].out_features
 
 
-def tensors_in(buffer: mmap.mmap | memoryview, start: int, areas: tuple[Area, ...]) -> tuple[torch.Tensor, ...]:
+def tensors_in(buffer: memoryview, start: int, areas: tuple[Area, ...]) -> tuple[torch.Tensor, ...]:
     """The tensors that lie in `buffer` from byte `start` on: views, no copy. The buffer must be large enough."""
     return tuple(
         torch.frombuffer(buffer, dtype=area.dtype, count=math.prod(area.shape), offset=start + area.offset).view(

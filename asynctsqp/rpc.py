@@ -201,6 +201,8 @@ class Connection:
     def _accept(self, message: bytes | memoryview, tensor: memoryview | None) -> None:
         answer = decode_to_tee(message)
         self._heard += 1
+        if tensor is not None and not isinstance(answer, Done):
+            raise ProtocolError("a tensor beside a message that has none")
         match answer:
             case Alive():
                 return

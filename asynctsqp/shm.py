@@ -51,6 +51,8 @@ class Region:
         self.lanes = lanes
         self.slots = slots
         self.slot_bytes = slot_bytes
+        # tensors keep this view alive, and the mapping with it: of a bare mmap torch would hold no part
+        self._view = memoryview(memory)
         self._kept: dict[tuple[int, int, Layout], SlotTensors] = {}
 
     @classmethod
@@ -131,18 +133,19 @@ class Region:
             return self._kept[key]
         request = HEADER_BYTES + (lane * 2 * self.slots + slot) * self.slot_bytes
         reply = request + self.slots * self.slot_bytes
-        views = tensors_in(self.memory, request, layout.inputs), tensors_in(self.memory, reply, layout.outputs)
+        views = tensors_in(self._view, request, layout.inputs), tensors_in(self._view, reply, layout.outputs)
         if layout.reused:  # those of a decode step: making them takes as long as the product's call
             self._kept[key] = views
         return views
 
     def whole(self) -> torch.Tensor:
         """All of it as bytes, for registering with a device: a view."""
-        return torch.frombuffer(self.memory, dtype=torch.uint8)
+        return torch.frombuffer(self._view, dtype=torch.uint8)
 
     def close(self) -> None:
         """Unmaps, or leaves that to the last view that is still alive (an error's traceback may hold one)."""
         self._kept.clear()
+        self._view = memoryview(b"")
         with contextlib.suppress(BufferError):
             self.memory.close()
 

@@ -17,6 +17,6 @@ def summary(progress: Progress) -> str:
             f"{progress.completion_tokens} tokens, {speed} ({progress.prompt_tokens} prompt tokens in "
             f"{timing.prefill_s:.2f} s)",
             f"{rpc.calls} RPCs, {rpc.bytes_sent / MIB:.1f} MiB sent, {rpc.bytes_received / MIB:.1f} MiB received",
-            f"{100 * rpc.wait_s / total_s if total_s else 0:.0f} % of {total_s:.2f} s waiting for the GPU side",
+            f"{rpc.wait_s:.2f} s of waiting for the GPU side in {total_s:.2f} s",
         )
     )

@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import torch
-
 from asynctsqp.compression import Compression
 from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import BadInputError, CallRefused, ProtocolError
 from asynctsqp.layouts import OPERATIONS, Layout, Layouts, tensors_in
-from asynctsqp.limits import MAX_FRAME_BYTES
+from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.shm import Region, SlotTensors
 from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of
-from gpu_side.executor import Executor, Tensors, Times
+from gpu_side.executor import Executor, Tensors, Times, is_short
 from gpu_side.programs import Programs, check_tokens
 from gpu_side.weights import Weights
 
-MAX_CALLS = 256  # in flight; an honest client has two a lane
+MAX_CALLS = 256  # in flight; an honest client has as many as slots
+MOST_COPIES = 4  # calls whose tensors came in messages, and are in this process's own memory at once
 
 
 class Client:
@@ -34,6 +33,7 @@ class Client:
         self._operations = OPERATIONS[hello.partition]
         self._programs = Programs(spec, weights)
         self._compression = Compression(hello.compress)
+        self._copies = asyncio.Semaphore(MOST_COPIES)
         self._executor = executor
         self._region: Region | None = None
         self._wake = wake
@@ -60,12 +60,13 @@ class Client:
         if payload is None:
             inputs, outputs = self._in_region(call, layout)
             return Done(call.call_id, *await self._run(call, op, inputs, outputs)), None
-        if layout.output_bytes > MAX_FRAME_BYTES:
-            raise CallRefused("the answer would be larger than a message may be")
-        inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), 0, layout.inputs)
-        answer = bytes_of(torch.empty(layout.output_bytes, dtype=torch.uint8))
-        times = await self._run(call, op, inputs, tensors_in(answer, 0, layout.outputs))
-        packed = await self._packed(answer)
+        if layout.slot_bytes > MAX_FRAME_BYTES:  # a small payload may claim to be a large one, compressed
+            raise CallRefused("the call or its answer would be larger than a message may be")
+        async with self._copies:
+            inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), 0, layout.inputs)
+            answer = bytes_of(self._executor.buffer(layout.output_bytes))
+            times = await self._run(call, op, inputs, tensors_in(answer, 0, layout.outputs))
+            packed = await self._packed(answer)
         if call.tensors is None:
             return Done(call.call_id, *times), packed
         return Done(call.call_id, *times, tensors=bytes(packed)), None
@@ -79,10 +80,12 @@ class Client:
             await asyncio.gather(self.listener, return_exceptions=True)
         if self.doorbell is not None:
             self.doorbell.close()
+        self._executor.forget([(self, lane) for lane in range(MAX_LANES)])
         if self._region is not None:
-            lanes: list[object] = [(self, lane) for lane in range(self._region.lanes)]
-            self._executor.unpin(self._region, lanes)
-            self._region.close()
+            try:
+                self._executor.unpin(self._region)
+            finally:
+                self._region.close()
 
     def _checked(self, call: Call) -> tuple[Op, Layout]:
         try:
@@ -91,6 +94,8 @@ class Client:
             raise CallRefused("there is no such operation") from None
         if op not in self._operations:
             raise CallRefused(f"the partition that was agreed on has no {op.name}")
+        if not 0 <= call.lane < MAX_LANES:
+            raise CallRefused("there is no such lane")
         if not 0 <= call.layer < self._spec.layers_of(op):
             raise CallRefused("there is no such layer")
         try:
@@ -112,7 +117,8 @@ class Client:
         if op is Op.EMBEDDING:
             inputs = (check_tokens(inputs[0], self._spec.vocab_size),)
         program = self._programs.of(op, call.layer)
-        return await self._executor.run(program, inputs, outputs, call.rows, (self, call.lane))
+        short = is_short(call.rows, call.keys)
+        return await self._executor.run(program, inputs, outputs, short, (self, call.lane))
 
     async def _unpacked(self, payload: memoryview | bytes, size: int) -> memoryview:
         view = memoryview(payload)

@@ -18,6 +18,7 @@ from asynctsqp.errors import BadInputError
 from asynctsqp.shm import Region
 
 DECODE_ROWS = 16  # up to here a product is bound by reading the weights, and shorter than a hop between threads
+DECODE_KEYS = 4096  # and so is attention to so many keys
 
 Tensors = tuple[torch.Tensor, ...]
 Program = Callable[[Tensors, Tensors], None]  # computes the outputs, which are there already, from the inputs
@@ -30,17 +31,22 @@ class Executor(Protocol):
     device: torch.device
     busy: int  # products that are computed now, by threads that need the cores which a polling loop would take
 
-    def inline(self, rows: int) -> bool:
-        """Whether `run` computes a product of so many rows there and then, so that a task for it is waste."""
+    inline: bool  # `run` computes what is short there and then, so that a task for it is waste
 
-    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
-        """Runs a program of so many rows on tensors in host memory. Calls of one lane run in order."""
+    def buffer(self, size: int) -> torch.Tensor:
+        """`size` bytes of host memory that results can be copied to, zeroed: no call's leftovers in another's gaps."""
+
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, short: bool, lane: object) -> Times:
+        """Runs a program on tensors in host memory. Calls of one lane run in order. short: as `is_short` says."""
 
     def pin(self, region: Region) -> None:
         """Prepares a client's region for transfers."""
 
-    def unpin(self, region: Region, lanes: list[object]) -> None:
-        """Undoes `pin`, and forgets what was kept for the client's lanes."""
+    def unpin(self, region: Region) -> None:
+        """Undoes `pin`."""
+
+    def forget(self, lanes: list[object]) -> None:
+        """Drops what was kept for a client's lanes, when nothing runs on them any more."""
 
 
 class CpuExecutor:
@@ -51,12 +57,13 @@ class CpuExecutor:
         self.busy = 0
         # OpenMP counts its threads for each thread that uses them by itself
         self._thread = ThreadPoolExecutor(1, "product", torch.set_num_threads, (threads,))
+        self.inline = True
 
-    def inline(self, rows: int) -> bool:
-        return rows <= DECODE_ROWS
+    def buffer(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
 
-    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
-        if self.inline(rows):
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, short: bool, lane: object) -> Times:
+        if short:
             return _timed(program, inputs, outputs)
         self.busy += 1
         try:
@@ -67,7 +74,10 @@ class CpuExecutor:
     def pin(self, region: Region) -> None:
         pass
 
-    def unpin(self, region: Region, lanes: list[object]) -> None:
+    def unpin(self, region: Region) -> None:
+        pass
+
+    def forget(self, lanes: list[object]) -> None:
         pass
 
 
@@ -79,11 +89,13 @@ class CudaExecutor:
         self.busy = 0
         self._streams: dict[object, torch.cuda.Stream] = {}
         self._clock = _reference(device)
+        self.inline = False
 
-    def inline(self, rows: int) -> bool:
-        return False
+    def buffer(self, size: int) -> torch.Tensor:
+        # pinned: a copy into other memory would keep the event loop until the stream has got there
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
 
-    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, rows: int, lane: object) -> Times:
+    async def run(self, program: Program, inputs: Tensors, outputs: Tensors, short: bool, lane: object) -> Times:
         stream = self._stream(lane)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(stream):
@@ -95,7 +107,7 @@ class CudaExecutor:
             for tensor, result in zip(outputs, made, strict=True):
                 tensor.copy_(result, non_blocking=True)
             copied = stream.record_event()
-        if rows <= DECODE_ROWS:
+        if short:
             while not copied.query():
                 await asyncio.sleep(0)
         else:
@@ -112,10 +124,19 @@ class CudaExecutor:
         view = region.whole()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(view.data_ptr(), view.nbytes, 0))
 
-    def unpin(self, region: Region, lanes: list[object]) -> None:
+    def forget(self, lanes: list[object]) -> None:
         for lane in lanes:
-            self._streams.pop(lane, None)
+            stream = self._streams.pop(lane, None)
+            if stream is not None:
+                stream.synchronize()  # a cancelled call's copy may still be on its way
+
+    def unpin(self, region: Region) -> None:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(region.whole().data_ptr()))
+
+
+def is_short(rows: int, keys: int) -> bool:
+    """Whether a call of this size is a decode step's."""
+    return rows <= DECODE_ROWS and keys <= DECODE_KEYS
 
 
 def choose(device: str, threads: int) -> Executor:

@@ -33,7 +33,7 @@ from asynctsqp.messages import (
 )
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from gpu_side.client import MAX_CALLS, Client
-from gpu_side.executor import Executor
+from gpu_side.executor import Executor, is_short
 from gpu_side.weights import Weights
 
 REASON_CHARACTERS = 180  # of a refusal: fits a doorbell's entry
@@ -152,9 +152,9 @@ class Server:
         try:
             while True:
                 message = decode_to_gpu(await doorbell.receive())
-                if not isinstance(message, Call):
-                    raise ProtocolError("only calls go through a doorbell")
-                if self._executor.inline(message.rows):
+                if not isinstance(message, Call) or message.tensors is not None:
+                    raise ProtocolError("only calls go through a doorbell, and their tensors beside it")
+                if self._executor.inline and is_short(message.rows, message.keys):
                     await self._answer(identity, client, message, None, reply)
                     await asyncio.sleep(0)  # whoever keeps its ring full must not keep the others waiting
                 else:
@@ -177,12 +177,13 @@ class Server:
             raise HandshakeRefused(f"the GPU side knows no partition {one_line(hello.partition, 40)}")
         if hello.compress not in COMPRESSIONS:
             raise HandshakeRefused(f"the GPU side knows no compression {one_line(hello.compress, 40)}")
-        if identity in self._clients:
+        if identity in self._clients or identity in self._greeting:
             raise HandshakeRefused("this connection has been greeted already")
         self._greeting.add(identity)  # told that we are alive while the weights are made
         try:
             weights = await self.weights(hello.dtype)
-            await asyncio.to_thread(weights.prepare, hello.partition)
+            async with self._making:  # one at a time, as the weights themselves: both ask what memory is free
+                await asyncio.to_thread(weights.prepare, hello.partition)
         finally:
             self._greeting.discard(identity)
         self._clients[identity] = Client(
@@ -214,7 +215,6 @@ class Server:
             self._start(self._close(client))
 
     async def _close(self, client: Client) -> None:
-        client.calls.discard(asyncio.current_task())  # a call that found its client gone
         await client.close()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

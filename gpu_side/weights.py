@@ -74,6 +74,7 @@ class Weights:
             for layer in range(spec.layers)
         )
         self._embedding = self._linears[Op.LM_HEAD, 0].weight if spec.tied_embedding else None
+        _finish_copies(device)
 
     def linear(self, op: Op, layer: int) -> Linear:
         """Raises KeyError where the model has no such linear."""
@@ -92,6 +93,7 @@ class Weights:
         if Op.EMBEDDING in OPERATIONS[partition] and self._embedding is None:
             memory.check(self._checkpoint, spec.vocab_size * spec.hidden_size, self._dtype, self._device)
             self._embedding = self._checkpoint.read("model.embed_tokens.weight").to(self._device, self._dtype)
+            _finish_copies(self._device)
 
     def _norm(self, layer: int, name: str) -> torch.Tensor:
         return self._checkpoint.read(f"model.layers.{layer}.{name}.weight").to(self._device, torch.float32)
@@ -108,6 +110,12 @@ class Weights:
             stacked[start : start + rows] = self._checkpoint.read(part.format(layer=layer) + suffix)
             start += rows
         return stacked
+
+
+def _finish_copies(device: torch.device) -> None:
+    """The streams that will read the weights do not wait for the one that wrote them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _split(whole: Linear, parts: tuple[Op, ...], spec: LinearSpec, layer: int) -> dict[tuple[Op, int], Linear]:

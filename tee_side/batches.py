@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from asynctsqp.errors import AsynctsqpError
+from asynctsqp.errors import AsynctsqpError, EngineClosed, one_line
 from tee_side.enclave import RunningSequence
 from tee_side.lanes import Lane
 from tee_side.link import Link
@@ -91,7 +91,11 @@ class Batches:
 
     async def _run(self, batch: Sequence[Portion[Request]], lane: Lane) -> None:
         totals = RpcTotals()
-        flight = _Flight(batch, self._begin(batch, lane, totals))
+        try:
+            flight = _Flight(batch, self._begin(batch, lane, totals))
+        except Exception as error:  # no memory for keys and values, say
+            self._ground(batch, error)
+            return
         self._flights.add(flight)
         try:
             await asyncio.wait((flight.task,))
@@ -108,8 +112,17 @@ class Batches:
         gpu = Offload(self._link, lane, totals, self._note)
         return asyncio.create_task(self._model.forward(tee, gpu, tokens, _wanted(batch)))
 
+    def _ground(self, batch: Sequence[Portion[Request]], error: Exception) -> None:
+        """A micro-batch that cannot begin."""
+        for portion in batch:
+            portion.request.sequence.cache.fail(error)
+            self._fail(portion.request, error)
+        self._scheduler.done(batch)
+
     def _finish(self, flight: _Flight, totals: RpcTotals) -> None:
         if flight.task.cancelled():
+            for portion in flight.batch:  # a task that never began has not said so itself
+                portion.request.sequence.cache.fail(EngineClosed("the pass was cancelled"))
             return
         lost = flight.task.exception()
         rows = sum(len(portion.tokens) for portion in flight.batch)
@@ -137,8 +150,13 @@ class Batches:
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._scheduler.remove(request)
-        # a fresh copy for each: a raised exception collects the traceback of who awaited it
-        request.fail(type(error)(str(error)) if isinstance(error, AsynctsqpError) else error)
+        # a fresh one for each: a raised exception collects the traceback of who awaited it
+        if isinstance(error, AsynctsqpError):
+            request.fail(type(error)(str(error)))
+        else:
+            failure = AsynctsqpError(f"the request failed: {one_line(error)}")
+            failure.__cause__ = error
+            request.fail(failure)
 
 
 def _wanted_rows(portion: Portion[Request]) -> int:

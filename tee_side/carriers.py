@@ -78,7 +78,7 @@ class MessageCarrier:
 
     def put(self, call: Call, layout: Layout, inputs: tuple[torch.Tensor, ...]) -> tuple[Call, Frames]:
         # memory of its own: ZeroMQ's I/O thread reads it after this returns
-        memory = bytes_of(torch.empty(layout.input_bytes, dtype=torch.uint8))
+        memory = bytes_of(torch.zeros(layout.input_bytes, dtype=torch.uint8))  # the gaps between tensors travel too
         for view, tensor in zip(tensors_in(memory, 0, layout.inputs), inputs, strict=True):
             view.copy_(tensor)
         payload = self._compression.pack(memory, self._itemsize)

@@ -12,7 +12,7 @@ from asynctsqp.compression import Compression
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError, one_line
 from asynctsqp.layouts import Layouts
-from asynctsqp.limits import MAX_FRAME_BYTES
+from asynctsqp.limits import MAX_FRAME_BYTES, SLOT_ALIGNMENT
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
 from asynctsqp.rpc import Connection
 from asynctsqp.shm import Region
@@ -119,8 +119,8 @@ class Link:
                 return self._through(region, connection)
             if options.transport == "shm":
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
-        slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES)
         packed = options.transport == "msgpack"
+        slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES - packed * SLOT_ALIGNMENT)  # the message needs room too
         return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
 
     def _through(self, region: Region, connection: Connection) -> Carrier:

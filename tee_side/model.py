@@ -29,8 +29,8 @@ class Model:
         self._ropes = Ropes(config)
         self._recorder = recorder
 
-    def sequence(self, cache: KVCache) -> RunningSequence:
-        return RunningSequence(cache, self._ropes.for_sequence())
+    def sequence(self, cache: KVCache, prompt_tokens: int) -> RunningSequence:
+        return RunningSequence(cache, self._ropes.for_sequence(prompt_tokens))
 
     def begin(self, parts: Sequence[tuple[RunningSequence, int]], lane: int) -> Enclave:
         """A pass over the next tokens of some sequences. To be called in the order in which the tokens follow."""
@@ -52,3 +52,6 @@ class Model:
         except BaseException as failure:
             tee.fail(failure if isinstance(failure, Exception) else EngineClosed("the pass was cancelled"))
             raise
+        finally:
+            if self._recorder is not None:
+                self._recorder.unwatch(tee)

@@ -8,6 +8,7 @@ connection is lost, the whole operation is asked for again on the next one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -59,6 +60,8 @@ class Offload:
         self._lane = lane
         self._totals = totals
         self._note = note
+        self._waits = 0
+        self._waiting_since = 0.0
 
     async def linear(self, op: Op, layer: int, x: torch.Tensor) -> torch.Tensor:
         (y,) = await self.call(op, layer, x)
@@ -101,6 +104,7 @@ class Offload:
     ) -> _Block:
         started_at = time.perf_counter()
         try:
+            session.connection.check()  # it may have been lost, and its memory given back, while we waited for the slot
             message, frames = session.carrier.put(call, layout, inputs)
             encoded_at = time.perf_counter()
             slot.lend()
@@ -113,11 +117,10 @@ class Offload:
         return _Block(call, layout, outputs, slot, reply, started_at, encoded_at, time.perf_counter())
 
     async def _receive(self, session: Session, block: _Block) -> None:
-        waiting_since = time.perf_counter()
         try:
-            answer, frame, read_at = await block.reply
+            with self._waiting():
+                answer, frame, read_at = await block.reply
             received_at = time.perf_counter()
-            self._totals.wait_s += received_at - waiting_since
             if isinstance(answer, Refused):
                 raise CallRefused(f"the GPU side refused a call: {one_line(answer.reason)}")
             if not isinstance(answer, Done):
@@ -128,6 +131,19 @@ class Offload:
         self._totals.bytes_received += block.layout.output_bytes
         if self._note is not None:
             self._note(_record(block, session.carrier.transport, answer, read_at, received_at))
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Counts the time in which any call of this pass is waited for, once."""
+        if self._waits == 0:
+            self._waiting_since = time.perf_counter()
+        self._waits += 1
+        try:
+            yield
+        finally:
+            self._waits -= 1
+            if self._waits == 0:
+                self._totals.wait_s += time.perf_counter() - self._waiting_since
 
 
 def _record(block: _Block, transport: str, answer: Done, read_at: float, received_at: float) -> RpcRecord:

@@ -95,7 +95,9 @@ class Pipeline:
         text = TextStream(self._tokenizer, tokens, sampling.stop)
         self._watch(sampler, text)
         async with self._room_for(len(tokens), most) as cache:
-            request = Generation(self._model.sequence(cache), sampler, text, tokens, most, self._end, progress)
+            request = Generation(
+                self._model.sequence(cache, len(tokens)), sampler, text, tokens, most, self._end, progress
+            )
             self._batches.submit(request, tokens, every=False)
             try:
                 async with contextlib.aclosing(request.pieces()) as pieces:
@@ -112,7 +114,7 @@ class Pipeline:
         if len(ids) > self.spec.max_positions:
             raise PromptError(f"{len(ids)} tokens, the model's context is {self.spec.max_positions}")
         async with self._room_for(len(ids), 0) as cache:
-            request = Scoring(self._model.sequence(cache), len(ids))
+            request = Scoring(self._model.sequence(cache, len(ids)), len(ids))
             self._batches.submit(request, ids, every=True)
             try:
                 return await request.scores
@@ -135,7 +137,7 @@ def _read_configs(directory: Path) -> tuple[LlamaConfig, GenerationConfig]:
     """transformers' own view of a checkpoint, tried out. Raises CheckpointError for what it cannot work with."""
     try:
         config, defaults = LlamaConfig.from_pretrained(directory), generation_config(directory)
-        Ropes(config).for_sequence().angles(0, 1)
+        Ropes(config).for_sequence(1).angles(0, 1)
         Sampler(SamplingOptions(), defaults, frozenset())
     except Exception as error:  # whatever transformers raises for each of its many fields
         raise CheckpointError(f"{directory}: its config or generation config is unusable: {one_line(error)}") from None

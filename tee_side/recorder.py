@@ -62,6 +62,11 @@ class Recorder:
                 if hasattr(target, method):
                     setattr(target, method, self._timed(getattr(target, method), name, lane))
 
+    def unwatch(self, target: Any) -> None:
+        """Lets go of it: it and its timed operations hold each other, and what else it holds is large."""
+        for method in _NAMES:
+            vars(target).pop(method, None)
+
     def stats(self, start_at: float) -> Stats | None:
         """Of the time from then until now, if they are wanted."""
         return stats_of(self.records, start_at, time.perf_counter()) if self._stats else None

@@ -37,10 +37,16 @@ class RopeTable:
 class GrowingRope:
     """Angles that change with how long the sequence has become: of one sequence, computed at each step."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, prompt_tokens: int) -> None:
         self._embedding = LlamaRotaryEmbedding(config)
+        # of the whole prompt at once, however many chunks it is cut into
+        self._prompt = _compute(self._embedding, 0, prompt_tokens)
 
     def angles(self, position: int, length: int) -> Angles:
+        cos, sin = self._prompt
+        end = position + length
+        if end <= len(cos):
+            return cos[position:end], sin[position:end]
         return _compute(self._embedding, position, length)
 
 
@@ -53,8 +59,8 @@ class Ropes:
         kind = str(LlamaRotaryEmbedding(config).rope_type)
         self._shared = None if "dynamic" in kind or kind == "longrope" else RopeTable(config)
 
-    def for_sequence(self) -> Rope:
-        return self._shared or GrowingRope(self._config)
+    def for_sequence(self, prompt_tokens: int) -> Rope:
+        return self._shared or GrowingRope(self._config, prompt_tokens)
 
 
 def _compute(embedding: LlamaRotaryEmbedding, position: int, length: int) -> Angles:

@@ -67,6 +67,7 @@ class Scheduler(Generic[Name]):
         self._prompts: deque[tuple[Name, _Prompt]] = deque()  # whose turn it is comes first
         self._ready: deque[tuple[Name, int]] = deque()  # sampled tokens that are to go out
         self._decoding = 0  # batches with decodes that are in flight
+        self._chunk_was_last = False  # the last batch had a chunk
 
     def has(self, request: Name) -> bool:
         """Whether it was added and has not been removed."""
@@ -95,6 +96,7 @@ class Scheduler(Generic[Name]):
             self._decoding += 1
         if self._prompts and len(batch) < self._policy.most_portions:
             batch.append(self._chunk())
+        self._chunk_was_last = bool(batch) and not batch[-1].decode
         return batch
 
     def done(self, batch: Sequence[Portion[Name]]) -> None:
@@ -107,7 +109,10 @@ class Scheduler(Generic[Name]):
             return []
         # shared out evenly over the batches that may be in flight, so that each side works on one of them
         share = -(-len(self._ready) // (self._policy.decode_lanes - self._decoding))
-        chosen = [self._ready.popleft() for _ in range(min(share, self._policy.most_portions))]
+        most = self._policy.most_portions
+        if self._prompts and (most > 1 or not self._chunk_was_last):
+            most -= 1  # room for a chunk; where a batch is one portion, every other one
+        chosen = [self._ready.popleft() for _ in range(min(share, most))]
         return [Portion(request, 0, [token], Wanted.LAST, decode=True) for request, token in chosen]
 
     def _chunk(self) -> Portion[Name]:

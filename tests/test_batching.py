@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import asynctsqp
+from tee_side.kv_cache import KVCache, Span
 from tests.test_parity import reference
 
 WHOLE_CONTEXT = 512 * 3 * 2 * 2 * 16 * 4  # bytes of the tiny model's keys and values, all 512 tokens of them
@@ -100,6 +101,28 @@ def test_steps_are_shared(connect: Connect) -> None:
     alone, together = asyncio.run(calls(at_once=False)), asyncio.run(calls(at_once=True))
     assert alone == 16 * 33 * 13
     assert together < alone / 8
+
+
+def test_a_batch_that_cannot_begin_fails_and_the_next_one_does_not(
+    connect: Connect, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extend, prompt = KVCache.extend, [1, *range(300, 320)]
+
+    def no_memory(self: KVCache, length: int) -> Span:
+        if length == 13:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return extend(self, length)
+
+    async def run() -> list[Any]:
+        async with connect() as engine:
+            failing = [ask(engine, prompt[:13]) for _ in range(3)]
+            failed = await asyncio.wait_for(asyncio.gather(*failing, return_exceptions=True), 20)
+            return [await ask(engine, prompt), *failed]
+
+    monkeypatch.setattr(KVCache, "extend", no_memory)
+    answer, *failed = asyncio.run(run())
+    assert answer == reference(tiny_model("gqa"), prompt, 16)
+    assert all(isinstance(error, asynctsqp.AsynctsqpError) and "memory" in str(error) for error in failed)
 
 
 def test_a_failure_of_one_is_not_the_others(connect: Connect, tiny_model: Callable[[str], Path]) -> None:

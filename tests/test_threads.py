@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from gpu_side.executor import DECODE_ROWS, CpuExecutor
+from gpu_side.executor import CpuExecutor
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -16,7 +16,7 @@ def test_long_products_have_their_threads(threads: int) -> None:
 
     async def run() -> None:
         executor = CpuExecutor(threads)
-        await executor.run(lambda *_: seen.append(torch.get_num_threads()), (), (), DECODE_ROWS + 1, 0)
+        await executor.run(lambda *_: seen.append(torch.get_num_threads()), (), (), False, 0)
 
     asyncio.run(run())
     assert seen == [threads]
