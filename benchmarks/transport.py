@@ -55,6 +55,7 @@ from asynctsqp.errors import AsynctsqpError, BadInputError
 from benchmarks import control_formats, machine, transport_verdicts
 from benchmarks.cli import Step, steps
 from benchmarks.harness import WorkerFailed
+from benchmarks.slot_copy import slot_copy
 from benchmarks.transport_exchange import STEPS, Echo, echo
 from benchmarks.transport_table import show, size
 from benchmarks.transport_ways import NAMES, ROW_BYTES
@@ -63,6 +64,7 @@ MIB = 1 << 20
 SIZES = (*(ROW_BYTES << shift for shift in range(0, 16, 2)), 8 * MIB, 10 * MIB, 16 * MIB, 64 * MIB)
 MEMCPY_BYTES = 64 * MIB
 MEMCPY_TIMES = 7
+COPIES = 20  # a round, by one process alone
 CONTROL_ROUNDS = 3  # at least: a batch takes milliseconds
 
 Sample = dict[str, float]
@@ -90,7 +92,9 @@ def run(settings: Settings) -> dict[str, Any]:
         "sizes": rows,
         "predecessor_ms": {"bytes": transport_verdicts.SEED_BYTES, **transport_verdicts.SEED_MS},
         "ipc_against_tcp": transport_verdicts.ipc_against_tcp(rows),
-        "shared_memory": transport_verdicts.shared_memory(rows),
+        "shared_memory": transport_verdicts.shared_memory(
+            rows, slot_copy(transport_verdicts.TARGET_BYTES, COPIES * settings.rounds)
+        ),
         "control": control_formats.measure(max(CONTROL_ROUNDS, settings.rounds)),
     }
 

@@ -69,9 +69,9 @@ def _verdicts(results: Mapping[str, Any]) -> Iterator[str]:
             else " (but the rounds are too few or scatter too much to be sure)"
         )
         yield f"{WORDS[one['confirmed']]}{doubt}, {one['messages']} messages: {one['claim']}. {found}"
-    slot = results["shared_memory"]
-    found = "" if slot["confirmed"] is None else f"{slot['write_ms']:.2f} + {slot['read_ms']:.2f} ms"
-    yield f"{WORDS[slot['confirmed']]}: {slot['claim']}. {found}"
+    for slot in results["shared_memory"]:
+        found = "" if slot["confirmed"] is None else f"{slot['write_ms']:.2f} + {slot['read_ms']:.2f} ms"
+        yield f"{WORDS[slot['confirmed']]}: {slot['claim']}. {found}"
 
 
 def size(count: int) -> str:

@@ -65,12 +65,21 @@ def _verdict(ratios: Sequence[Mapping[str, float]], zones: Zones) -> dict[str, A
     return {"confirmed": confirmed, "certain": certain, "sizes": list(ratios)}
 
 
-def shared_memory(rows: Sequence[Row]) -> dict[str, Any]:
-    """write_ms and read_ms of TARGET_BYTES, and whether their sum is below TARGET_MS; None where not measured."""
-    claim = f"{TARGET_BYTES >> 20} MiB are written to and read from shared memory in less than {TARGET_MS:.0f} ms"
-    for row in rows:
-        if row["bytes"] == TARGET_BYTES:
-            way = row["ways"]["shared-memory"]
-            write, read = way["serialise_ms"], way["deserialise_ms"]
-            return {"claim": claim, "confirmed": write + read < TARGET_MS, "write_ms": write, "read_ms": read}
-    return {"claim": claim, "confirmed": None, "write_ms": None, "read_ms": None}
+def shared_memory(rows: Sequence[Row], alone: Mapping[str, float]) -> list[dict[str, Any]]:
+    """write_ms and read_ms of TARGET_BYTES, and whether their sum is below TARGET_MS; None where not measured.
+
+    alone: benchmarks.slot_copy's figures, of one process; the other verdict is of two processes that take turns.
+    """
+    between = [row["ways"]["shared-memory"] for row in rows if row["bytes"] == TARGET_BYTES]
+    return [
+        _copies("by one process", alone["write_ms"], alone["read_ms"]),
+        _copies("by two processes in turn", between[0]["serialise_ms"], between[0]["deserialise_ms"])
+        if between
+        else _copies("by two processes in turn", None, None),
+    ]
+
+
+def _copies(who: str, write_ms: float | None, read_ms: float | None) -> dict[str, Any]:
+    claim = f"{TARGET_BYTES >> 20} MiB go into and out of shared memory in less than {TARGET_MS:.0f} ms, {who}"
+    confirmed = None if write_ms is None or read_ms is None else write_ms + read_ms < TARGET_MS
+    return {"claim": claim, "confirmed": confirmed, "write_ms": write_ms, "read_ms": read_ms}
