@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zstandard
 from msgspec.structs import replace
 
 from asynctsqp.checkpoint import Checkpoint
@@ -115,6 +116,23 @@ def test_an_answer_larger_than_a_message_is_refused(
     with greeted(tiny_gpu.endpoint, tiny_model("gqa")) as peer:
         message = call(op=Op.LM_HEAD, layer=0, rows=rows)
         assert peer.ask(message, bytes(rows * 4 * HIDDEN))[0][:2] == [REFUSED, 5]
+
+
+@pytest.mark.parametrize("compress", ["none", "lz4", "zstd"])
+@pytest.mark.parametrize("keys", [10**7, 2**40, 2**63 - 1])
+def test_a_small_payload_that_claims_to_be_a_large_one_is_refused(
+    keys: int, compress: str, good: GoodTee, tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]
+) -> None:
+    """A block or frame of zeros that would grow to all memory."""
+    hello = Hello(0, PROTOCOL_VERSION, Checkpoint(tiny_model("gqa")).fingerprint(), "float32", "batched", compress)
+    payload = zstandard.ZstdCompressor().compress(bytes(1 << 20))
+    resident = tiny_gpu.resident_bytes()
+    with raw_tee(tiny_gpu.endpoint) as peer:
+        assert peer.ask(hello)[0][0] == WELCOME
+        for op in (Op.QK, Op.AV):
+            assert peer.ask(replace(call(op=op), keys=keys), payload)[0][:2] == [REFUSED, 5]
+        good.check()
+    assert tiny_gpu.resident_bytes() < resident + (64 << 20)
 
 
 def test_calls_before_the_greeting_are_refused(good: GoodTee, tiny_gpu: GpuProcess) -> None:

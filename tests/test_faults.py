@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,9 +92,18 @@ def test_a_killed_local_gpu_side_is_started_again_when_asked(tiny_model: Callabl
     assert len(ended.out) >= len(undisturbed.out.encode()) - 4
 
 
-@pytest.mark.parametrize("transport", ["shm", "binary"])
+# slots for a few rows of each call: calls wait for slots when the GPU side dies, and are cut where they are made again
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transport": "shm"},
+        {"transport": "binary"},
+        {"partition": "per-op", "slot_bytes": 200 << 10, "chunk_tokens": 8, "lanes": 3},
+        {"partition": "fused-layer", "chunk_tokens": 8, "lanes": 4},
+    ],
+)
 def test_a_gpu_side_that_comes_back_changes_no_token(
-    transport: str, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+    options: dict[str, Any], tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
 ) -> None:
     """Several answers at once, and the GPU side killed with all of them on their way."""
     model = tiny_model("gqa")
@@ -111,8 +121,7 @@ def test_a_gpu_side_that_comes_back_changes_no_token(
                     began.set()
             return tokens
 
-        options = {"transport": transport, "reconnect_s": 30}
-        async with asynctsqp.Engine.connect(model, gpu.endpoint, **options) as engine:
+        async with asynctsqp.Engine.connect(model, gpu.endpoint, reconnect_s=30, **options) as engine:
             expected = await asyncio.gather(*(answer(prompt, 48) for prompt in prompts))
             began.clear()
             again = asyncio.gather(*(answer(prompt, 48) for prompt in prompts))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 import asynctsqp
 from asynctsqp.doorbell import ENTRIES, Ring
@@ -61,6 +62,7 @@ DAMAGE: dict[str, Damage] = {
     "text that is no text": message(b"\x94\x0e\x01\xa1\xff\xc2"),
     "an unknown kind of message": message(msgspec.msgpack.encode([99, 1])),
     "a message that has no place here": message(encode(Hello(1, 1, b"", "float32", "shielded", "none"))),
+    "a call with its tensors inside": message(encode(replace(call(7), tensors=b"x"))),
     "a handshake's answer": message(encode(Welcome(1, "cpu"))),
     "an answer that nobody asked for": message(encode(Done(2**40, 0.0, 0.0))),
     "a wake": message(encode(Wake())),

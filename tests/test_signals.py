@@ -16,7 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from asynctsqp.model_spec import Op
+from asynctsqp.shm import HEADER_BYTES
+from tests.clients import ATTACHED, WELCOME, call, shared_memory
 from tests.conftest import GpuProcess
+from tests.peers import attach, raw_tee
 from tests.processes import ROOT, TeeProcess, gone, shared_memory_names, tee_process, wait_until
 
 FLAGS = ("--prompt", "Once upon a time", "--max-new-tokens", "440", "--temperature", "0", "--ignore-eos")
@@ -164,6 +168,24 @@ def test_a_busy_gpu_side_stops_when_asked(
         gpu.process.send_signal(number)
         assert gpu.process.wait(SOON_S) == 0
         assert tee.end(SOON_S).code == 3
+
+
+@BOTH
+def test_a_gpu_side_stops_in_the_middle_of_long_products(
+    number: int, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
+    """A thread computes in the client's region when the region is given back: half a second of work waits for it."""
+    model, rows = tiny_model("gqa"), 256
+    gpu = start_gpu(model)
+    slot = rows * 49152 * 4
+    with raw_tee(gpu.endpoint) as peer, shared_memory(HEADER_BYTES + 4 * slot) as region:
+        assert peer.greet(model)[0] == WELCOME
+        assert peer.ask(attach(1, region, 1, slot))[0][0] == ATTACHED
+        for call_id in range(50):
+            peer.send(call(call_id=call_id, op=Op.LM_HEAD, layer=0, rows=rows, slot=call_id % 2))
+        peer.receive()
+        gpu.process.send_signal(number)
+        assert gpu.process.wait(SOON_S) == 0
 
 
 @BOTH
