@@ -96,6 +96,7 @@ def run_main(main: Callable[[], int], *flags: str, stdin: str = "") -> Ended:
     watchdog.start()
     terminated = signal.getsignal(signal.SIGTERM)
     with (
+        mock.patch.dict(os.environ),  # a command's own settings of OpenMP are not for the tests that follow
         mock.patch.object(sys, "argv", ["command", *flags]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
         contextlib.redirect_stdout(out),
