@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from asynctsqp.config import OneLineParser
 from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.standard_output import drop_output
 
 INTERRUPTED = 130
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -26,17 +26,12 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
-        _drop_output()
+        drop_output()
     except OSError as error:
-        _drop_output()
+        drop_output()
         print(f"asynctsqp.report: error: cannot write the report: {error.strerror}", file=sys.stderr)
         return BadInputError.exit_code
     return 0
-
-
-def _drop_output() -> None:
-    """What is still buffered cannot be written: the flush at the end must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from asynctsqp.config import (
 from asynctsqp.cores import openmp
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
+from asynctsqp.standard_output import drop_output
 
 INTERRUPTED = 130
 
@@ -40,17 +41,12 @@ def main() -> int:
         print("asynctsqp.tee: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
-        _drop_output()
+        drop_output()
     except OSError as error:
-        _drop_output()
+        drop_output()
         print(f"asynctsqp.tee: error: cannot write the answer: {error.strerror}", file=sys.stderr)
         return BadInputError.exit_code
     return 0
-
-
-def _drop_output() -> None:
-    """What is still buffered cannot be written: the flush at the end must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,13 +41,13 @@ from typing import Any
 from rich.console import Console
 
 from asynctsqp.config import OneLineParser
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import BadInputError
 from asynctsqp.model_spec import ModelSpec
 from benchmarks import demo_model, machine
 from benchmarks.baseline_table import show
-from benchmarks.cli import Step, engine_options, steps
+from benchmarks.cli import Step, ending, engine_options, steps
 from benchmarks.contenders import Answer, Measure, Split, Transformers, random_prompt
-from benchmarks.harness import Worker, WorkerFailed, use_cores
+from benchmarks.harness import Worker, use_cores
 from benchmarks.traffic import of_a_prefill, of_a_step
 from benchmarks.turns import Limits, Pair, Pairs, take_turns, times, used
 
@@ -156,14 +156,9 @@ def _print(report: Mapping[str, Any], out: Path | None) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
-    try:
+    with ending("benchmarks.baseline", demo_model.DemoModelError) as end:
         _print(_report(arguments), arguments.out)
-    except (AsynctsqpError, WorkerFailed, demo_model.DemoModelError, OSError) as error:
-        print(f"benchmarks.baseline: error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AsynctsqpError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return end.code
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from rich.table import Table
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import OneLineParser
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import BadInputError
 from asynctsqp.limits import WIRE_DTYPE_NAMES
 from benchmarks import demo_model, machine
-from benchmarks.cli import Step, steps
+from benchmarks.cli import Step, ending, steps
 from benchmarks.contenders import Answer, Measure, Split, random_prompt
-from benchmarks.harness import PATIENCE_S, Worker, WorkerFailed
+from benchmarks.harness import PATIENCE_S, Worker
 from benchmarks.turns import Limits, take_turns, times
 
 CONTEXTS = (64, 256, 1024)
@@ -145,14 +145,9 @@ def _table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
-    try:
+    with ending("benchmarks.caches", demo_model.DemoModelError) as end:
         _print(_report(arguments), arguments.out)
-    except (AsynctsqpError, WorkerFailed, demo_model.DemoModelError, OSError) as error:
-        print(f"benchmarks.caches: error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AsynctsqpError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return end.code
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from asynctsqp.config import EngineOptions, make
-from asynctsqp.errors import BadInputError
+from asynctsqp.errors import AsynctsqpError, BadInputError
+from benchmarks.harness import WorkerFailed
 
 Step = Callable[[str], None]  # what is called as a step begins, with its name
 
@@ -29,6 +31,26 @@ def engine_options(pairs: Sequence[str]) -> dict[str, Any]:
             raise BadInputError(f"--engine {pair}: {text!r} is no value for {name}") from None
     make(EngineOptions, options)  # refuses what there is not
     return options
+
+
+@dataclasses.dataclass
+class End:
+    """How a benchmark ends."""
+
+    code: int = 0
+
+
+@contextlib.contextmanager
+def ending(program: str, *errors: type[Exception]) -> Iterator[End]:
+    """What fails inside is one line on standard error, and a code. errors: that may happen beyond the usual ones."""
+    end = End()
+    try:
+        yield end
+    except (AsynctsqpError, WorkerFailed, OSError, *errors) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        end.code = error.exit_code if isinstance(error, AsynctsqpError) else 1
+    except KeyboardInterrupt:
+        end.code = 130
 
 
 @contextlib.contextmanager

@@ -40,11 +40,11 @@ from rich.console import Console
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import OneLineParser
 from asynctsqp.cores import openmp
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import BadInputError
 from benchmarks import compression_links, demo_model, machine
-from benchmarks.cli import Step, steps
+from benchmarks.cli import Step, ending, steps
 from benchmarks.compression_table import show
-from benchmarks.harness import Worker, WorkerFailed
+from benchmarks.harness import Worker
 
 DTYPES = ("float32", "bfloat16", "float16")
 LINK_DTYPES = ("float32", "bfloat16")
@@ -154,14 +154,9 @@ def _print(report: Mapping[str, Any], out: Path | None) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
-    try:
+    with ending("benchmarks.compression", demo_model.DemoModelError) as end:
         _print(_report(_settings(arguments)), arguments.out)
-    except (AsynctsqpError, WorkerFailed, demo_model.DemoModelError, OSError) as error:
-        print(f"benchmarks.compression: error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AsynctsqpError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return end.code
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ from rich.console import Console
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import OneLineParser
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import BadInputError
 from benchmarks import demo_model, machine
-from benchmarks.cli import Step, steps
+from benchmarks.cli import Step, ending, steps
 from benchmarks.communication import communication_share
 from benchmarks.contenders import Measure, Split, Transformers, random_prompt
-from benchmarks.harness import PATIENCE_S, WorkerFailed, use_cores
+from benchmarks.harness import PATIENCE_S, use_cores
 from benchmarks.ladder_table import markdown, show
 from benchmarks.rungs import PREDECESSOR_PREFILL, REFERENCE, ROAD_MAP, RUNGS, Rung
 from benchmarks.traffic import of_a_prefill, of_a_step
@@ -211,17 +211,12 @@ def _print(report: Mapping[str, Any], out: Path | None, plot: Path | None) -> No
 
 def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
-    try:
+    with ending("benchmarks.ladder", demo_model.DemoModelError, ValueError) as end:
         if arguments.render is not None:
             print(markdown(json.loads(arguments.render.read_text())))
         else:
             _print(_report(arguments), arguments.out, arguments.plot)
-    except (AsynctsqpError, WorkerFailed, demo_model.DemoModelError, OSError, ValueError) as error:
-        print(f"benchmarks.ladder: error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AsynctsqpError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return end.code
 
 
 if __name__ == "__main__":

@@ -51,10 +51,9 @@ import zmq
 from rich.console import Console
 
 from asynctsqp.config import OneLineParser
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import BadInputError
 from benchmarks import control_formats, machine, transport_verdicts
-from benchmarks.cli import Step, steps
-from benchmarks.harness import WorkerFailed
+from benchmarks.cli import Step, ending, steps
 from benchmarks.slot_copy import slot_copy
 from benchmarks.transport_exchange import STEPS, Echo, echo
 from benchmarks.transport_table import show, size
@@ -181,14 +180,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     # nobody writes into the tensors that are made over messages
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
-    try:
+    with ending("benchmarks.transport", zmq.ZMQError, ValueError) as end:
         _print(_report(_settings(arguments)), arguments.out, arguments.plot)
-    except (AsynctsqpError, WorkerFailed, zmq.ZMQError, OSError, ValueError) as error:
-        print(f"benchmarks.transport: error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AsynctsqpError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return end.code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.shm import Region, SlotTensors
-from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of
+from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of, writable
 from gpu_side.executor import Executor, Tensors, Times, is_short
 from gpu_side.programs import Programs, check_tokens
 from gpu_side.weights import Weights
@@ -127,7 +127,7 @@ class Client:
                 view = await asyncio.to_thread(self._compression.unpack, view, size, self._layouts.dtype.itemsize)
         except ProtocolError as error:
             raise CallRefused(f"the payload's size does not fit the call: {error}") from None
-        return memoryview(bytearray(view)) if view.readonly else view  # torch has no read-only tensors
+        return writable(view)
 
     async def _packed(self, payload: memoryview) -> memoryview | bytes:
         if self._compression.name == "none":

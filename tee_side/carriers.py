@@ -16,7 +16,7 @@ from asynctsqp.errors import ProtocolError
 from asynctsqp.layouts import Layout, tensors_in
 from asynctsqp.messages import Call, Done
 from asynctsqp.shm import Region
-from asynctsqp.tensor_codec import bytes_of
+from asynctsqp.tensor_codec import bytes_of, writable
 
 Frames = tuple[memoryview | bytes, ...]
 
@@ -93,13 +93,8 @@ class MessageCarrier:
         if payload is None or (frame is not None) == self._packed:
             raise ProtocolError("the GPU side answered without a tensor, or with one in the wrong place")
         raw = self._compression.unpack(memoryview(payload), layout.output_bytes, self._itemsize)
-        for view, tensor in zip(tensors_in(_writable(raw), 0, layout.outputs), outputs, strict=True):
+        for view, tensor in zip(tensors_in(writable(raw), 0, layout.outputs), outputs, strict=True):
             tensor.copy_(view)
 
     def close(self) -> None:
         pass
-
-
-def _writable(buffer: memoryview) -> memoryview:
-    """torch has no read-only tensors, and warns of a buffer that is."""
-    return memoryview(bytearray(buffer)) if buffer.readonly else buffer
