@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asynctsqp.engine import Completion, Engine, Piece
+    from asynctsqp.engine import Alternative, Completion, Engine, Piece, TokenScore
     from asynctsqp.errors import (
         AsynctsqpError,
         BadInputError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alternative",
     "AsynctsqpError",
     "BadInputError",
     "Completion",
@@ -28,9 +29,10 @@ __all__ = [
     "GpuSideError",
     "IntegrityError",
     "Piece",
+    "TokenScore",
 ]
 
-_IN_ENGINE = {"Completion", "Engine", "Piece"}
+_IN_ENGINE = {"Alternative", "Completion", "Engine", "Piece", "TokenScore"}
 
 
 def __getattr__(name: str) -> Any:

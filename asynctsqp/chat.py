@@ -2,54 +2,89 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import sys
-import threading
+import re
 from typing import Any
 
-from asynctsqp.engine import Engine
+from asynctsqp.conversation import Conversation
+from asynctsqp.engine import Engine, Piece
+from asynctsqp.errors import PromptError
 from asynctsqp.reports.stats_table import rendered
+from asynctsqp.terminal import Terminal, until_interrupted
 from tee_side.request import Progress
+
+HELP = """\
+/reset        forget what was said
+/system TEXT  what the model is told before all else; without TEXT: nothing
+/exit         end, as Ctrl-D does
+Ctrl-C        stop an answer, and keep what it said; take back a line; at an empty prompt: end"""
+COMMAND = re.compile(r"/[a-z]*")
 
 
 async def chat(engine: Engine, sampling: dict[str, Any]) -> None:
-    """Reads lines until end of input (Ctrl-D) or Ctrl-C. The whole conversation is the prompt of each turn."""
-    messages: list[dict[str, str]] = []
-    print("Chat with the model. Ctrl-D ends.", file=sys.stderr)
-    while (line := await _ask()) is not None:
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        answer = ""
+    """Until the end of the input or /exit. Raises KeyboardInterrupt for a Ctrl-C at an empty prompt."""
+    terminal = Terminal()
+    talk = Chat(engine, sampling, terminal)
+    terminal.note("Chat with the model: /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+    while (line := terminal.ask()) is not None:
+        word, _, rest = line.strip().partition(" ")
+        if word == "/exit":
+            return
+        if COMMAND.fullmatch(word):
+            talk.command(word, rest.strip())
+        elif word:
+            await talk.turn(line)
+
+
+class Chat:
+    """A conversation with a model. The whole of it is the prompt of each turn."""
+
+    def __init__(self, engine: Engine, sampling: dict[str, Any], terminal: Terminal) -> None:
+        self._engine = engine
+        self._sampling = sampling
+        self._terminal = terminal
+        self._conversation = Conversation()
+
+    def command(self, name: str, text: str) -> None:
+        match name:
+            case "/help":
+                self._terminal.note(HELP)
+            case "/reset":
+                self._conversation.reset()
+                self._terminal.note("forgotten")
+            case "/system":
+                self._conversation.system = text
+                self._terminal.note("the model is told that" if text else "the model is told nothing")
+            case _:
+                self._terminal.note(f"there is no command {name}: /help lists them")
+
+    async def turn(self, question: str) -> None:
+        """Asks, shows the answer as it comes, and keeps both: also of an answer that is stopped."""
+        said: list[Piece] = []
         progress = Progress()
-        async with contextlib.aclosing(engine.generate(messages, progress=progress, **sampling)) as pieces:
-            async for piece in pieces:
-                answer += piece.text
-                print(piece.text, end="", flush=True)
-        print(flush=True)
-        if progress.stats is not None:
-            print(rendered(progress.stats), file=sys.stderr)
-        messages.append({"role": "assistant", "content": answer})
-
-
-async def _ask() -> str | None:
-    """A line, or None at the end of input. In a daemon thread: nothing can interrupt `input`, nor need wait for it."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[str | None] = loop.create_future()
-
-    def read() -> None:
         try:
-            line: str | None = input("> ")
-        except EOFError:
-            line = None
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(_resolve, answer, line)
+            stopped = await until_interrupted(self._answer(question, said, progress))
+        except PromptError as error:
+            self._terminal.note(f"not asked: {error}")
+            return
+        finally:
+            if said:
+                self._terminal.end_line()
+        if said:
+            self._conversation.add(question, "".join(piece.text for piece in said))
+            if said[-1].finish_reason == "length":
+                self._terminal.note(f"cut off after {len(said)} tokens: --max-new-tokens")
+        if stopped:
+            self._terminal.note("stopped" if said else "stopped before it began: the question is taken back")
+        if progress.stats is not None:
+            self._terminal.note(rendered(progress.stats))
 
-    threading.Thread(target=read, daemon=True).start()
-    return await answer
-
-
-def _resolve(answer: asyncio.Future[str | None], line: str | None) -> None:
-    if not answer.done():
-        answer.set_result(line)
+    async def _answer(self, question: str, said: list[Piece], progress: Progress) -> None:
+        most = self._sampling["max_new_tokens"]
+        prompt, dropped = await self._conversation.prompt(self._engine, question, most)
+        if dropped:
+            self._terminal.note(f"the context is full: the oldest {dropped} of the turns are forgotten")
+        async with contextlib.aclosing(self._engine.generate(prompt, progress=progress, **self._sampling)) as pieces:
+            async for piece in pieces:
+                said.append(piece)
+                self._terminal.write(piece.text)

@@ -1,8 +1,7 @@
 """The options of the commands and of the engine: one table, from which argparse, the Python API and the
 `config` entry of --json are all made.
 
-Each option is a dataclass field. `built` holds the values that this version has; the others are accepted by
-the parser, so that scripts may name them, and refused in one line.
+Each option is a dataclass field.
 """
 
 from __future__ import annotations
@@ -14,12 +13,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from asynctsqp.errors import BadInputError, NotBuiltError
+from asynctsqp.enclave_mode import check_options
+from asynctsqp.endpoints import check_peer
+from asynctsqp.errors import BadInputError
 from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
 
 MESSAGES = ("binary", "msgpack")  # transports off shared memory
 MODEL_HELP = "a directory, a hub id, or as random:llama-3.1-8b: random weights in the shapes of a known model"
 SIZE = re.compile(r"(\d+)\s*([KMGT]?)i?B?", re.IGNORECASE)
+PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # ZeroMQ's Z85 of 32 bytes
+LEAST_BITS = 8  # of integer weights
 Options = TypeVar("Options")
 
 
@@ -32,7 +35,7 @@ def parse_size(text: str | int) -> int:
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
-    """A field with what argparse needs: type, choices, metavar, and `built` (see the module's docstring)."""
+    """A field with what argparse needs: type, choices, metavar."""
     return dataclasses.field(default=default, metadata={"help": help, **details})
 
 
@@ -40,13 +43,9 @@ def _size(help: str, **details: Any) -> Any:
     return option(None, help, type=parse_size, metavar="SIZE", **details)
 
 
-def _later(default: Any, help: str, **details: Any) -> Any:
-    return option(default, help, built=(default,), **details)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How an engine runs. Raises BadInputError for a value that makes no sense, NotBuiltError for a later one."""
+    """How an engine runs. Raises BadInputError for a value that makes no sense."""
 
     dtype: str = option(
         "float32",
@@ -68,12 +67,13 @@ class EngineOptions:
         "none",
         "masks and checks on what the GPU side sees and answers",
         choices=("none", "mask", "verify", "full"),
-        built=("none",),
     )
-    weight_bits: int = option(8, "of the weights under --protect", type=int, choices=(8, 12), built=(8,))
-    mask_memory: int | None = _size("of the mask bank", built=(None,))
-    mask_peer: str | None = _later(None, "a second GPU side that makes masks", metavar="ENDPOINT")
-    mask_peer_key: str | None = _later(None, "its public key", metavar="KEY")
+    weight_bits: int = option(LEAST_BITS, "of the weights under --protect", type=int, choices=(8, 12))
+    mask_memory: int | None = _size("for masks made ahead, and their weights (default: up to 1G)")
+    mask_peer: str | None = option(
+        None, "somebody else's GPU side that makes masks; see docs/mask-peer.md", metavar="ENDPOINT"
+    )
+    mask_peer_key: str | None = option(None, "what the mask peer printed as mask-peer-key", metavar="KEY")
     lanes: int | None = option(None, "micro-batches in flight (default: chosen)", type=int, metavar="N")
     chunk_tokens: int | None = option(
         None,
@@ -87,21 +87,29 @@ class EngineOptions:
     kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
     doorbell: str = option("auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"))
     reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")
+    loop: str = option("uvloop", "event loop of the engine and of its service", choices=("uvloop", "asyncio"))
     threads: int | None = option(None, "for this side's tensor work (default: chosen)", type=int, metavar="N")
     shm_name: str | None = option(None, "name of the shared-memory region (default: random)", metavar="NAME")
-    enclave: bool = _later(False, "enforce what an enclave must not do")
+    enclave: bool = option(False, "refuse what an enclave must not do (implied inside one)")
+    enclave_unprotected_activations: bool = option(
+        False, "with --enclave: show the host activations, from which it can recover prompts"
+    )
     stats: bool = option(False, "report where the time went")
     log_rpc: str | None = option(None, "one JSON line for each call; see python -m asynctsqp.report", metavar="FILE")
     trace: str | None = option(None, "a timeline for Perfetto or chrome://tracing", metavar="FILE")
 
     def __post_init__(self) -> None:
         _parse_sizes(self)
-        _check_types(self)
-        _check_choices(self)
+        check_types(self)
+        check_choices(self)
         _check_combinations(self)
-        _check_built(self)
-        _check_at_least(self, 1, "lanes", "chunk_tokens", "threads", "slot_bytes", "kv_memory")
-        _check_at_least(self, 0, "reconnect_s")
+        _check_mask_peer(self)
+        check_at_least(self, 1, "lanes", "chunk_tokens", "threads", "slot_bytes", "kv_memory", "mask_memory")
+        check_at_least(self, 0, "reconnect_s")
+        if self.enclave:
+            check_options(self)
+        elif self.enclave_unprotected_activations:
+            raise BadInputError("--enclave-unprotected-activations is for --enclave: nothing is refused without it")
         if self.lanes and self.lanes > MAX_LANES:
             raise BadInputError(f"--lanes is at most {MAX_LANES}")
         if self.threads and self.threads > MAX_THREADS:
@@ -132,11 +140,11 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        _check_types(self)
+        check_types(self)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise BadInputError("--stop takes text that is not empty")
-        _check_at_least(self, 1, "max_new_tokens")
-        _check_at_least(self, 0, "temperature", "top_k")
+        check_at_least(self, 1, "max_new_tokens")
+        check_at_least(self, 0, "temperature", "top_k")
         if self.seed is not None and not 0 <= _number("seed", self.seed) < 1 << 63:
             raise BadInputError("--seed is from 0 to 2^63 - 1")
         if self.top_p is not None and not 0 < _number("top_p", self.top_p) <= 1:
@@ -154,20 +162,24 @@ def make(options_class: type[Options], values: dict[str, Any]) -> Options:
 
 def add_arguments(parser: argparse.ArgumentParser, options_class: type) -> None:
     """One flag for each field of an options class."""
-    group = parser.add_argument_group(options_class.__name__)
+    group = parser.add_argument_group(options_class.__name__.removesuffix("Options").lower() + " options")
     for field in dataclasses.fields(options_class):
-        details = {key: value for key, value in field.metadata.items() if key != "built"}
+        details = dict(field.metadata)
         if field.type == "bool":
             details["action"] = "store_true"
         default = None if details.get("action") == "append" else field.default
+        if default is not None and default is not False and "default" not in details["help"]:
+            shown = f"{default:g}" if isinstance(default, float) else default
+            details["help"] += f" (default: {shown})"
         group.add_argument(_flag(field.name), default=default, **details)
 
 
 def from_arguments(options_class: type[Options], arguments: argparse.Namespace) -> Options:
     """The options out of what argparse parsed."""
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
-    if "stop" in values:
-        values["stop"] = tuple(values["stop"] or ())
+    for field in dataclasses.fields(options_class):  # type: ignore[arg-type]
+        if field.metadata.get("action") == "append":
+            values[field.name] = tuple(values[field.name] or ())
     return options_class(**values)
 
 
@@ -182,7 +194,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_choices(options: Any) -> None:
+def check_choices(options: Any) -> None:
+    """Raises BadInputError for a value that is none of its field's choices."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         choices = field.metadata.get("choices")
@@ -197,6 +210,10 @@ def _check_combinations(options: EngineOptions) -> None:
             f"--protect {options.protect} works with --partition shielded: {options.partition} shows the GPU side "
             "more than linears, which is all that can be masked"
         )
+    if options.weight_bits != LEAST_BITS and options.protect == "none":
+        raise BadInputError("--weight-bits is for --protect mask, verify or full: without them weights are --dtype")
+    if options.mask_memory is not None and options.protect not in ("mask", "full"):
+        raise BadInputError(f"--mask-memory is for --protect mask or full: {options.protect} makes no masks")
     if options.compress != "none" and options.transport == "shm":
         raise BadInputError(
             f"--compress {options.compress} cannot help --transport shm: nothing is copied to a network there"
@@ -212,12 +229,16 @@ def _check_combinations(options: EngineOptions) -> None:
         raise BadInputError(f"--doorbell on needs shared memory, which --transport {options.transport} does not use")
 
 
-def _check_built(options: EngineOptions) -> None:
-    for field in dataclasses.fields(options):
-        value, built = getattr(options, field.name), field.metadata.get("built")
-        if built and value not in built:
-            shown = "" if isinstance(value, bool) else f" {value}"
-            raise NotBuiltError(f"{_flag(field.name)}{shown} is not built yet")
+def _check_mask_peer(options: EngineOptions) -> None:
+    if options.mask_peer is None and options.mask_peer_key is None:
+        return
+    if options.mask_peer is None or options.mask_peer_key is None:
+        raise BadInputError("--mask-peer and --mask-peer-key go together: the key is what the mask peer prints")
+    if options.protect not in ("mask", "full"):
+        raise BadInputError(f"--mask-peer is for --protect mask or full: {options.protect} needs no masks")
+    check_peer(options.mask_peer)
+    if not PUBLIC_KEY.fullmatch(options.mask_peer_key):
+        raise BadInputError("--mask-peer-key is 40 characters, as the mask peer printed them: put them in quotes")
 
 
 def _parse_sizes(options: Any) -> None:
@@ -226,7 +247,7 @@ def _parse_sizes(options: Any) -> None:
             object.__setattr__(options, field.name, parse_size(getattr(options, field.name)))
 
 
-def _check_types(options: Any) -> None:
+def check_types(options: Any) -> None:
     """The annotations, held to at run time: options come from people."""
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), str(field.type).split(" | ")
@@ -237,7 +258,8 @@ def _check_types(options: Any) -> None:
             raise BadInputError(f"{_flag(field.name)} takes {' or '.join(sorted(kinds - {'None'}))}, not {value!r}")
 
 
-def _check_at_least(options: Any, least: int, *names: str) -> None:
+def check_at_least(options: Any, least: int, *names: str) -> None:
+    """Raises BadInputError for a number that is less; None is none."""
     for name in names:
         value = getattr(options, name)
         if value is not None and _number(name, value) < least:

@@ -10,8 +10,10 @@ that finds `parked` set clears it and sends an empty Wake over ZeroMQ. A wake-up
 its own word, passes a fence, and then reads the other's, so at least one of the two sees the other; and the sleep
 is finite all the same.
 
-The entries hold the same messages as ZeroMQ frames do, and are copied once before they are decoded. The count of
-consumed messages is the consumer's own: nothing that the other side writes is used as an index or a size unchecked.
+The entries hold the same messages as ZeroMQ frames do. An entry is copied whole, once, and only the copy is looked at,
+its length included. The count of consumed messages is the consumer's own: nothing that the other side writes is used as
+an index or a size unchecked. All reads and writes are of whole 8-byte words on their boundaries, as an enclave must
+access memory outside (Intel's advisories SA-00657 for reads and SA-00615 for writes).
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from asynctsqp.limits import MAX_LANES, MAX_SLOTS
 
 ENTRIES = MAX_LANES * MAX_SLOTS  # every slot may have one call in flight
 ENTRY_BYTES = 256
-MAX_MESSAGE_BYTES = ENTRY_BYTES - 2
+WORD_BYTES = 8
+MAX_MESSAGE_BYTES = ENTRY_BYTES - WORD_BYTES
 WORDS_BYTES = 128
 RING_BYTES = WORDS_BYTES + ENTRIES * ENTRY_BYTES
 
-SPIN_S = 0.002  # longer than the pause between two calls of a decode step, shorter than anyone's patience
-LOOKS = 4  # between two turns of the event loop
+SPIN_S = 0.01  # longer than a decode step's longest product or pause, shorter than anyone's patience
+LOOKS = 16  # between two turns of the event loop, which cost as much as some of them: ten microseconds in all
 SLEEP_S = 0.1  # at most, before a parked side looks again
 
 _HEAD, _PARKED = 0, 8  # in 8-byte words: a cache line each
@@ -51,15 +54,14 @@ class Ring:
     def __init__(self, memory: memoryview) -> None:
         """memory: RING_BYTES bytes, zeroed before the first use."""
         self._words = memory[:WORDS_BYTES].cast("Q")
-        self._entries = memory[WORDS_BYTES:RING_BYTES]
+        self._entries = [memory[start : start + ENTRY_BYTES] for start in range(WORDS_BYTES, RING_BYTES, ENTRY_BYTES)]
         self._count = 0
         self._fence = threading.Lock()
 
     def push(self, message: bytes) -> bool:
         """Adds a message; True if the consumer is parked, and must be woken."""
-        start = self._count % ENTRIES * ENTRY_BYTES
-        entry = len(message).to_bytes(2, "little") + message
-        self._entries[start : start + len(entry)] = entry
+        entry = len(message).to_bytes(WORD_BYTES, "little") + message + bytes(-len(message) % WORD_BYTES)
+        self._entries[self._count % ENTRIES][: len(entry)] = entry
         self._count += 1
         self._words[_HEAD] = self._count
         self._order_memory()
@@ -77,12 +79,12 @@ class Ring:
         waiting = self._words[_HEAD] - self._count
         if waiting == 0:
             return None
-        start = self._count % ENTRIES * ENTRY_BYTES
-        length = int.from_bytes(self._entries[start : start + 2], "little")
+        entry = bytes(self._entries[self._count % ENTRIES])
+        length = int.from_bytes(entry[:WORD_BYTES], "little")
         if not 0 < waiting <= ENTRIES or length > MAX_MESSAGE_BYTES:
             raise ProtocolError("the doorbell's ring is damaged")
         self._count += 1
-        return bytes(self._entries[start + 2 : start + 2 + length])
+        return entry[WORD_BYTES : WORD_BYTES + length]
 
     def park(self) -> bool:
         """Asks to be woken; False if there is a message after all."""
@@ -95,7 +97,8 @@ class Ring:
 
     def close(self) -> None:
         self._words.release()
-        self._entries.release()
+        for entry in self._entries:
+            entry.release()
 
     def _order_memory(self) -> None:
         """A full fence: taking a lock is an atomic read-modify-write, which no load or store passes on x86-64."""
@@ -106,17 +109,16 @@ class Ring:
 class Doorbell:
     """Both rings of one connection, as one side sees them.
 
-    wake_peer: sends the empty Wake over ZeroMQ. may_spin: asked before each wait; polling takes a core, and must
-    not take it from whoever computes what is waited for.
+    wake_peer: sends the empty Wake over ZeroMQ. looks: how many to take between two turns of the event loop, asked
+    anew each time: polling takes a core and the loop's time, and must not take them from whoever computes what is
+    waited for. LOOKS where nobody does; 0: none, sleep.
     """
 
-    def __init__(
-        self, outgoing: Ring, incoming: Ring, wake_peer: Callable[[], None], may_spin: Callable[[], bool]
-    ) -> None:
+    def __init__(self, outgoing: Ring, incoming: Ring, wake_peer: Callable[[], None], looks: Callable[[], int]) -> None:
         self._outgoing = outgoing
         self._incoming = incoming
         self._wake_peer = wake_peer
-        self._may_spin = may_spin
+        self._looks = looks
         self._woken = asyncio.Event()
         self._near = True  # was the last message near enough to spin for?
 
@@ -129,8 +131,9 @@ class Doorbell:
         """The next message. Raises ProtocolError if the other side broke the ring."""
         start = time.perf_counter()
         while (message := self._incoming.pop()) is None:
-            if self._near and self._may_spin() and time.perf_counter() - start < SPIN_S:
-                self._look()
+            looks = self._looks()
+            if self._near and looks and time.perf_counter() - start < SPIN_S:
+                self._look(looks)
                 await asyncio.sleep(0)
             else:
                 await self._sleep()
@@ -145,9 +148,8 @@ class Doorbell:
         self._outgoing.close()
         self._incoming.close()
 
-    def _look(self) -> None:
-        """Some looks in a row, a few microseconds in all: a turn of the event loop costs more than many of them."""
-        for _ in range(LOOKS):
+    def _look(self, looks: int) -> None:
+        for _ in range(looks):
             if self._incoming.waiting():
                 return
             os.sched_yield()  # who computes what we wait for may be queued behind us on this core

@@ -2,9 +2,9 @@
 
     AsynctsqpError
     |-- BadInputError            the caller's arguments, prompt or files          exit code 2
-    |   |-- NotBuiltError        a documented option value that is still to come
     |   |-- CheckpointError      a model directory that cannot be used
     |   |-- PromptError          a prompt that cannot be run
+    |   |   `-- ContextLengthError     it is longer than the model's context
     |   |-- SharedMemoryError    no room, or no right, to make a region
     |   `-- HandshakeRefused     the GPU side will not serve this model or setting
     |-- GpuSideError             the untrusted side                               exit code 3
@@ -13,6 +13,7 @@
     |   |-- ProtocolError        it sent something that is not of the protocol
     |   `-- CallRefused          it answered one call with an error
     |-- IntegrityError           a wrong answer was caught                        exit code 4
+    |-- AttestationError         no quote, or one that proves nothing             exit code 5
     `-- EngineClosed             a call on an engine that is not running
 
 `retryable` says whether the same call may be made again on a new connection. The text of each error is
@@ -33,16 +34,16 @@ class BadInputError(AsynctsqpError):
     exit_code = 2
 
 
-class NotBuiltError(BadInputError):
-    """A documented option or value that this version does not have yet."""
-
-
 class CheckpointError(BadInputError):
     """A model directory that is missing, damaged or not a LLaMA."""
 
 
 class PromptError(BadInputError):
     """A prompt that is empty, too long, or too large for the KV memory."""
+
+
+class ContextLengthError(PromptError):
+    """A prompt that is longer than the model's context."""
 
 
 class SharedMemoryError(BadInputError):
@@ -83,6 +84,12 @@ class IntegrityError(AsynctsqpError):
     """The GPU side gave a wrong answer and was caught."""
 
     exit_code = 4
+
+
+class AttestationError(AsynctsqpError):
+    """There is no quote, or it does not prove what it should."""
+
+    exit_code = 5
 
 
 class EngineClosed(AsynctsqpError):

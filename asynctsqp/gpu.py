@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from asynctsqp.config import MODEL_HELP, OneLineParser
 from asynctsqp.cores import default_threads, openmp
@@ -21,6 +22,8 @@ def main() -> int:
         if arguments.threads is not None and not 1 <= arguments.threads <= MAX_THREADS:
             raise BadInputError(f"--threads is 1 to {MAX_THREADS}")
         check_endpoint("--bind", arguments.bind)
+        if arguments.mask_peer_secret is not None:
+            _check_mask_peer(arguments)
         _serve(arguments)
     except AsynctsqpError as error:
         print(f"asynctsqp.gpu: error: {error}", file=sys.stderr)
@@ -42,8 +45,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]")
     parser.add_argument("--dtype", choices=WIRE_DTYPE_NAMES, help="the only one to serve (default: any)")
+    parser.add_argument(
+        "--weight-bits",
+        type=int,
+        choices=(8, 12),
+        help="make integer weights, for --protect, before the first client asks for them",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="for tensor work on the CPU")
+    parser.add_argument(
+        "--mask-peer-secret",
+        type=Path,
+        metavar="FILE",
+        help="be a mask peer instead, with the secret key in this file (made if there is none); see docs/mask-peer.md",
+    )
     return parser
+
+
+def _check_mask_peer(arguments: argparse.Namespace) -> None:
+    if arguments.local or arguments.bind.startswith("ipc://"):
+        raise BadInputError("a mask peer belongs on another machine than the GPU side: --bind tcp://HOST:PORT")
+    if arguments.dtype is not None:
+        raise BadInputError("--dtype is not for a mask peer: its products are of integers")
+    if arguments.weight_bits is not None:
+        raise BadInputError("--weight-bits is not for a mask peer: it makes what its clients ask for")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -53,10 +77,14 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     process.serve(
         None if arguments.local else arguments.bind,
-        arguments.model,
-        arguments.device,
-        arguments.dtype,
-        threads,
+        process.Settings(
+            arguments.model,
+            arguments.device,
+            arguments.dtype,
+            arguments.weight_bits,
+            threads,
+            mask_peer_secret=arguments.mask_peer_secret,
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import PARTS, ModelSpec, Op
 
 ALIGNMENT = 64  # a cache line, and enough for every vector instruction
@@ -73,21 +74,23 @@ class Layouts:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         self._spec = spec
         self.dtype = dtype
-        self._single_rows = {op: self._make(op, 1, 0) for op in Op if op not in _ATTENTION}
+        self._reused: dict[tuple[Op, int], Layout] = {}
 
     def of(self, op: Op, rows: int, keys: int) -> Layout:
         """Raises ValueError for sizes that the operation cannot have."""
         if rows < 1 or (keys < 1) == (op in _ATTENTION) or keys < 0:
             raise ValueError(f"{op.name} of {rows} rows and {keys} keys")
-        if rows == 1 and not keys:
-            return self._single_rows[op]
-        return self._make(op, rows, keys)
+        if keys or rows > DECODE_ROWS:
+            return self._make(op, rows, keys, reused=False)
+        if (op, rows) not in self._reused:
+            self._reused[op, rows] = self._make(op, rows, keys, reused=True)
+        return self._reused[op, rows]
 
-    def _make(self, op: Op, rows: int, keys: int) -> Layout:
+    def _make(self, op: Op, rows: int, keys: int, reused: bool) -> Layout:
         inputs, outputs = _tensors(self._spec, op, rows, keys)
         first_dtype = torch.int64 if op is Op.EMBEDDING else self.dtype
         laid_in, laid_out = _lay(inputs, first_dtype), _lay(outputs, self.dtype)
-        return Layout(laid_in, laid_out, laid_in[-1].end, laid_out[-1].end, rows == 1 and not keys)
+        return Layout(laid_in, laid_out, laid_in[-1].end, laid_out[-1].end, reused)
 
 
 def _lay(tensors: list[_Tensor], dtype: torch.dtype) -> tuple[Area, ...]:
@@ -136,21 +139,11 @@ def _features(spec: ModelSpec, op: Op) -> tuple[int, int]:
     return spec.linears[op].in_features, spec.linears[op].out_features
 
 
-def tensors_in(buffer: memoryview, start: int, areas: tuple[Area, ...]) -> tuple[torch.Tensor, ...]:
-    """The tensors that lie in `buffer` from byte `start` on: views, no copy. The buffer must be large enough."""
+def tensors_in(buffer: memoryview, areas: tuple[Area, ...]) -> tuple[torch.Tensor, ...]:
+    """The tensors that lie in `buffer`: views, no copy. The buffer must be large enough."""
     return tuple(
-        torch.frombuffer(buffer, dtype=area.dtype, count=math.prod(area.shape), offset=start + area.offset).view(
-            area.shape
-        )
+        torch.frombuffer(buffer, dtype=area.dtype, count=math.prod(area.shape), offset=area.offset).view(area.shape)
         for area in areas
-    )
-
-
-def cut(areas: tuple[Area, ...], tensors: tuple[torch.Tensor, ...], rows: slice) -> tuple[torch.Tensor, ...]:
-    """The part of each tensor that belongs to some of the rows: views."""
-    return tuple(
-        tensor if area.row_dim is None else tensor.narrow(area.row_dim, rows.start, rows.stop - rows.start)
-        for area, tensor in zip(areas, tensors, strict=True)
     )
 
 
@@ -166,10 +159,3 @@ def most_rows(layout_of: Callable[[int], Layout], slot_bytes: int, rows: int) ->
         else:
             high = middle
     return low
-
-
-def sizes(op: Op, inputs: tuple[torch.Tensor, ...]) -> tuple[int, int]:
-    """The rows and keys of a call with these inputs."""
-    if op in _ATTENTION:
-        return inputs[0].shape[2], inputs[1].shape[1]
-    return len(inputs[0]), 0

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 import uvloop
 
 from asynctsqp.errors import EngineClosed
+from asynctsqp.limits import HELPER_THREADS
 
 Result = TypeVar("Result")
+NewLoop = Callable[[], asyncio.AbstractEventLoop]
+LOOPS: dict[str, NewLoop] = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
 class LoopThread:
-    """A uvloop thread whose torch settings are its own: the process's other threads keep theirs."""
+    """A loop's thread, whose torch settings are its own: the process's other threads keep theirs."""
 
-    def __init__(self, name: str, torch_threads: int) -> None:
-        self._loop = uvloop.new_event_loop()
+    def __init__(self, name: str, torch_threads: int, new_loop: NewLoop = uvloop.new_event_loop) -> None:
+        self._loop = new_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(HELPER_THREADS, f"{name}-helper"))
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(torch_threads, started), name=name, daemon=True)
         self._thread.start()
@@ -44,7 +49,7 @@ class LoopThread:
         self._thread.join()
 
     def _run(self, torch_threads: int, started: threading.Event) -> None:
-        _set_threads_of_this_thread(torch_threads)
+        set_threads_of_this_thread(torch_threads)
         asyncio.set_event_loop(self._loop)
         started.set()
         with torch.no_grad():
@@ -53,7 +58,7 @@ class LoopThread:
         self._loop.close()
 
 
-def _set_threads_of_this_thread(count: int) -> None:
+def set_threads_of_this_thread(count: int) -> None:
     """torch.set_num_threads sets two things: OpenMP's number for the calling thread, and the default for threads
     that use torch later. The second is the caller's business: put it back, from a thread that then ends."""
     default = torch.get_num_threads()

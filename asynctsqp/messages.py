@@ -9,6 +9,13 @@
                                           <--  Done      or  Refused
                                           <--  Alive     now and then: sending it fails once a TEE side is gone
 
+    TEE side                                   mask peer, on a connection of its own
+    MaskHello  who I am, a key            -->
+                                          <--  Welcome   or  Refused
+    MaskCall   products of masks          -->
+                                          <--  Done      or  Refused
+                                          <--  Alive
+
 There is no goodbye: the end of the connection says it, also for a side that was killed.
 Call, Done and Refused may go through a doorbell in the shared region instead; then a side that sleeps is sent Wake.
 
@@ -25,9 +32,10 @@ import msgspec
 
 from asynctsqp.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 4
 MAX_FRAMES = 2  # a message, and at most one with tensors
 NONCE_BYTES = 32
+MASK_KEY_BYTES = 32
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -38,9 +46,11 @@ class Hello(Message, tag=1, frozen=True):
     call_id: int
     version: int
     fingerprint: bytes  # of the checkpoint, see checkpoint.fingerprint()
-    dtype: str  # of tensors on the wire and of the products
+    dtype: str  # of tensors on the wire and of the products, unless weight_bits says otherwise
     partition: str
     compress: str  # "none", "lz4" or "zstd": of tensors that travel as messages, in both directions
+    weight_bits: int = 0  # 8 or 12: tensors and products are integers mod 2^32 instead; 0: they are of `dtype`
+    weights: bytes = b""  # integer_weights.fingerprint() of those weights
 
 
 class Attach(Message, tag=2, frozen=True):
@@ -67,6 +77,27 @@ class Call(Message, tag=3, frozen=True):
     lane: int
     slot: int
     tensors: bytes | None = None
+
+
+class MaskHello(Message, tag=5, frozen=True):
+    """Goes through an encrypted connection, to a peer whose key is pinned, and never anywhere else."""
+
+    call_id: int
+    version: int
+    fingerprint: bytes  # of the checkpoint
+    weight_bits: int
+    weights: bytes  # integer_weights.fingerprint()
+    key: bytes  # of this connection's key stream
+
+
+class MaskCall(Message, tag=6, frozen=True):
+    """r W^T mod 2^32, r: rows of the key stream from an address on, as key_stream.row_blocks lays them."""
+
+    call_id: int
+    op: int
+    layer: int
+    address: int
+    rows: int
 
 
 class Welcome(Message, tag=11, frozen=True):
@@ -98,7 +129,7 @@ class Alive(Message, tag=15, frozen=True):
     pass
 
 
-ToGpu: TypeAlias = Hello | Attach | Call | Wake
+ToGpu: TypeAlias = Hello | Attach | Call | Wake | MaskHello | MaskCall
 ToTee: TypeAlias = Welcome | Attached | Done | Refused | Alive | Wake
 
 encode = msgspec.msgpack.Encoder().encode

@@ -7,31 +7,20 @@ import sys
 from pathlib import Path
 
 from asynctsqp.config import OneLineParser
-from asynctsqp.errors import AsynctsqpError, BadInputError
-from asynctsqp.standard_output import drop_output
+from asynctsqp.ending import ended
+from asynctsqp.errors import BadInputError
 
-INTERRUPTED = 130
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def main() -> int:
-    try:
-        arguments = _parser().parse_args()
-        _check(arguments)
-        _run(arguments)
-        sys.stdout.flush()
-    except AsynctsqpError as error:
-        print(f"asynctsqp.report: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
-        drop_output()
-    except OSError as error:
-        drop_output()
-        print(f"asynctsqp.report: error: cannot write the report: {error.strerror}", file=sys.stderr)
-        return BadInputError.exit_code
-    return 0
+    return ended("asynctsqp.report", _report, "cannot write the report")
+
+
+def _report() -> None:
+    arguments = _parser().parse_args()
+    _check(arguments)
+    _run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,5 @@
-"""The TEE side's end of one connection: many calls in flight, each a future, one task that reads.
+"""The TEE side's end of one connection, to a GPU side or a mask peer: many calls in flight, each a future, one task
+that reads.
 
 A connection lives once. When it is lost, late or hostile it fails every waiting call with the cause and never
 comes back: link.py on the TEE side decides whether to make another.
@@ -18,7 +19,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from asynctsqp.doorbell import Doorbell, Ring
+from asynctsqp.doorbell import LOOKS, Doorbell, Ring
 from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError, one_line
 from asynctsqp.messages import (
     MAX_FRAMES,
@@ -50,6 +51,32 @@ Answer = Welcome | Attached | Done | Refused
 Reply = tuple[ToTee, memoryview | None, float]  # the answer, the frame beside it, when it was read
 
 
+@dataclass(frozen=True)
+class Target:
+    """Whom to connect to. kind: as messages name it; unreachable: what to say, and to do, when nobody is there.
+
+    key: Z85, of a mask peer: who has not the secret to it is not connected to.
+    """
+
+    endpoint: str
+    kind: str
+    unreachable: str
+    key: str | None = None
+
+    @classmethod
+    def gpu_side(cls, endpoint: str) -> Target:
+        advice = f"start one with `python -m asynctsqp.gpu --model MODEL --bind {endpoint}`"
+        return cls(endpoint, "GPU side", f"no GPU side answers at {endpoint}: {advice}")
+
+    @classmethod
+    def mask_peer(cls, endpoint: str, key: str) -> Target:
+        advice = "see that it runs, and that --mask-peer-key is what it printed as mask-peer-key"
+        return cls(endpoint, "mask peer", f"no mask peer with that key answers at {endpoint}: {advice}", key)
+
+    def __str__(self) -> str:
+        return f"the {self.kind} at {self.endpoint}"
+
+
 @dataclass(slots=True)
 class _Pending:
     """One call that waits for its answer. It outlives the future's cancellation: the slot is still in use."""
@@ -60,33 +87,32 @@ class _Pending:
 
 
 class Connection:
-    """One DEALER connection to a GPU side. Make it with `open`, end it with `close`."""
+    """One DEALER connection to a GPU side or a mask peer. Make it with `open`, end it with `close`."""
 
-    def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
-        self.endpoint = endpoint
+    def __init__(self, target: Target, max_frame_bytes: int) -> None:
+        self._target = target
         self.lost: GpuSideError | None = None
         self._context = zmq.asyncio.Context()
-        self._socket = client_socket(self._context, max_frame_bytes)
+        self._socket = client_socket(self._context, max_frame_bytes, target.key)
         self._monitor = self._socket.get_monitor_socket(_CONNECTED | _ENDED)
         self._pending: dict[int, _Pending] = {}
         self._call_ids = itertools.count(1)
         self._heard = 0  # messages so far
         self._doorbell: Doorbell | None = None
         self._called = asyncio.Event()
+        self._ended = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def open(cls, endpoint: str, max_frame_bytes: int) -> Connection:
-        """Raises GpuSideUnreachable if nobody there speaks ZeroMQ."""
-        connection = cls(endpoint, max_frame_bytes)
+    async def open(cls, target: Target, max_frame_bytes: int) -> Connection:
+        """Raises GpuSideUnreachable if nobody there speaks ZeroMQ, or has the key."""
+        connection = cls(target, max_frame_bytes)
         try:
-            connection._socket.connect(endpoint)
+            connection._socket.connect(target.endpoint)
             await asyncio.wait_for(connection._connected(), CONNECT_TIMEOUT_S)
         except (zmq.ZMQError, TimeoutError, GpuSideUnreachable):
             connection.close()
-            raise GpuSideUnreachable(
-                f"no GPU side answers at {endpoint}: start one with `python -m asynctsqp.gpu --bind {endpoint}`"
-            ) from None
+            raise GpuSideUnreachable(target.unreachable) from None
         except BaseException:
             connection.close()
             raise
@@ -128,7 +154,7 @@ class Connection:
     def use_doorbell(self, region: Region) -> None:
         """From here on calls and their answers go through the region's rings; `close` lets go of the region."""
         outgoing, incoming = Ring(region.call_ring()), Ring(region.answer_ring())
-        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, may_spin=lambda: True)
+        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, looks=lambda: LOOKS)
         self._tasks.append(asyncio.create_task(self._listen(self._doorbell)))
 
     async def request(self, call_id: int, message: ToGpu) -> ToTee:
@@ -138,13 +164,19 @@ class Connection:
             silent_since = self._heard
             await asyncio.wait((reply,), timeout=SILENCE_S)
             if not reply.done() and self._heard == silent_since:
-                self._fail(GpuSideLost(f"what listens at {self.endpoint} does not answer as a GPU side"))
+                self._fail(
+                    GpuSideLost(f"what listens at {self._target.endpoint} does not answer as a {self._target.kind}")
+                )
         return reply.result()[0]
 
     def check(self) -> None:
         """Raises what the connection was lost to, if it was."""
         if self.lost is not None:
             raise self._loss()
+
+    async def ended(self) -> None:
+        """Waits until it is lost."""
+        await self._ended.wait()
 
     def close(self) -> None:
         """Ends the connection, once; calls that still wait fail with GpuSideLost."""
@@ -165,7 +197,7 @@ class Connection:
         while event != _CONNECTED:
             event = await self._next_event()
             if event & _ENDED:
-                raise GpuSideUnreachable(self.endpoint)
+                raise GpuSideUnreachable(self._target.endpoint)
 
     async def _next_event(self) -> int:
         event: int = parse_monitor_message(await self._monitor.recv_multipart())["event"]
@@ -190,13 +222,14 @@ class Connection:
                 if not isinstance(answer, Done | Refused):
                     raise ProtocolError("only answers to calls go through a doorbell")
                 self._settle(answer, None)
+                await asyncio.sleep(0)  # first who waits for it, then the next look
 
     @contextlib.contextmanager
     def _failing_on_nonsense(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever ends a reader must reach those who wait for it
-            self._fail(ProtocolError(f"the GPU side at {self.endpoint} broke the protocol: {one_line(error)}"))
+            self._fail(ProtocolError(f"{self._target} broke the protocol: {one_line(error)}"))
 
     def _accept(self, message: bytes | memoryview, tensor: memoryview | None) -> None:
         answer = decode_to_tee(message)
@@ -227,7 +260,7 @@ class Connection:
     async def _watch_peer(self) -> None:
         while not await self._next_event() & _ENDED:
             pass
-        self._fail(GpuSideLost(f"the GPU side at {self.endpoint} is gone: start it again, or use --reconnect-s"))
+        self._fail(GpuSideLost(f"{self._target} is gone: start it again, or use --reconnect-s"))
 
     async def _watch_time(self) -> None:
         """One look a second instead of one timer a call."""
@@ -235,12 +268,13 @@ class Connection:
         while self.lost is None:
             await asyncio.sleep(1)
             if any(pending.deadline < loop.time() for pending in self._pending.values()):
-                self._fail(GpuSideLost(f"the GPU side at {self.endpoint} did not answer in time"))
+                self._fail(GpuSideLost(f"{self._target} did not answer in time"))
 
     def _fail(self, cause: GpuSideError) -> None:
         if self.lost is not None:
             return
         self.lost = cause
+        self._ended.set()
         pending, self._pending = self._pending, {}
         for call in pending.values():
             call.settled()

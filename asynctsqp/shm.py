@@ -20,6 +20,7 @@ the two rings of doorbell.py, through which the messages themselves may go.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import re
@@ -45,15 +46,16 @@ SlotTensors = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # input
 class Region:
     """One mapped region. `close()` when nothing reads or writes it any more."""
 
-    def __init__(self, name: str, memory: mmap.mmap, lanes: int, slots: int, slot_bytes: int) -> None:
+    def __init__(self, name: str, memory: mmap.mmap, nonce: bytes, lanes: int, slots: int, slot_bytes: int) -> None:
+        """nonce: what only a process that has mapped this very region can know; private from here on."""
         self.name = name
+        self.nonce = nonce
         self.memory = memory
         self.lanes = lanes
         self.slots = slots
         self.slot_bytes = slot_bytes
         # tensors keep this view alive, and the mapping with it: of a bare mmap torch would hold no part
         self._view = memoryview(memory)
-        self._kept: dict[tuple[int, int, Layout], SlotTensors] = {}
 
     @classmethod
     def create(cls, name: str | None, lanes: int, slots: int, slot_bytes: int) -> Region:
@@ -73,8 +75,7 @@ class Region:
         except (OSError, ValueError, posix_ipc.Error) as error:
             raise SharedMemoryError(f"cannot make shared memory {name}: {error}") from None
         try:
-            # without the reservation a full /dev/shm would be a SIGBUS at some later write
-            os.posix_fallocate(shared.fd, 0, size)
+            _reserve(shared.fd, size)
             memory = mmap.mmap(shared.fd, size)
         except (OSError, OverflowError, ValueError) as error:
             posix_ipc.unlink_shared_memory(name)
@@ -84,8 +85,9 @@ class Region:
             ) from None
         finally:
             shared.close_fd()
-        memory[:NONCE_BYTES] = secrets.token_bytes(NONCE_BYTES)
-        return cls(name, memory, lanes, slots, slot_bytes)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        memory[:NONCE_BYTES] = nonce
+        return cls(name, memory, nonce, lanes, slots, slot_bytes)
 
     @classmethod
     def attach(cls, name: str, lanes: int, slots: int, slot_bytes: int) -> Region:
@@ -103,16 +105,12 @@ class Region:
         try:
             if shared.size < size:
                 raise SharedMemoryError("the region is smaller than its description")
-            return cls(name, mmap.mmap(shared.fd, size), lanes, slots, slot_bytes)
+            memory = mmap.mmap(shared.fd, size)
+            return cls(name, memory, memory[:NONCE_BYTES], lanes, slots, slot_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise SharedMemoryError(f"cannot map the region: {error}") from None
         finally:
             shared.close_fd()
-
-    @property
-    def nonce(self) -> bytes:
-        """What only a process that has mapped this very region can know."""
-        return self.memory[:NONCE_BYTES]
 
     def call_ring(self) -> memoryview:
         """Where calls go to the GPU side: a view."""
@@ -126,17 +124,16 @@ class Region:
         """Takes the name away; the mappings stay. From here on a `kill -9` of both sides leaks nothing."""
         posix_ipc.unlink_shared_memory(self.name)
 
-    def tensors(self, lane: int, slot: int, layout: Layout) -> SlotTensors:
-        """The inputs in a slot's request area and the outputs in its reply area: views."""
-        key = (lane, slot, layout)
-        if key in self._kept:
-            return self._kept[key]
+    def slot(self, lane: int, slot: int) -> tuple[memoryview, memoryview]:
+        """A slot's request area and its reply area: views."""
         request = HEADER_BYTES + (lane * 2 * self.slots + slot) * self.slot_bytes
         reply = request + self.slots * self.slot_bytes
-        views = tensors_in(self._view, request, layout.inputs), tensors_in(self._view, reply, layout.outputs)
-        if layout.reused:  # those of a decode step: making them takes as long as the product's call
-            self._kept[key] = views
-        return views
+        return self._view[request : request + self.slot_bytes], self._view[reply : reply + self.slot_bytes]
+
+    def tensors(self, lane: int, slot: int, layout: Layout) -> SlotTensors:
+        """The inputs in a slot's request area and the outputs in its reply area: views."""
+        request, reply = self.slot(lane, slot)
+        return tensors_in(request, layout.inputs), tensors_in(reply, layout.outputs)
 
     def whole(self) -> torch.Tensor:
         """All of it as bytes, for registering with a device: a view."""
@@ -144,10 +141,22 @@ class Region:
 
     def close(self) -> None:
         """Unmaps, or leaves that to the last view that is still alive (an error's traceback may hold one)."""
-        self._kept.clear()
         self._view = memoryview(b"")
         with contextlib.suppress(BufferError):
             self.memory.close()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Without the reservation a full /dev/shm would be a SIGBUS at some later write.
+
+    An enclave's library OS may only be able to grow the file; how much room there is the host says anyway.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+            raise
+        os.ftruncate(descriptor, size)
 
 
 def _region_bytes(lanes: int, slots: int, slot_bytes: int) -> int:

@@ -30,16 +30,32 @@ def _socket(context: zmq.asyncio.Context, kind: int, max_frame_bytes: int) -> zm
     return socket
 
 
-def client_socket(context: zmq.asyncio.Context, max_frame_bytes: int) -> zmq.asyncio.Socket:
-    """A DEALER that makes one connection and never another: a new connection is a new handshake."""
+def client_socket(context: zmq.asyncio.Context, max_frame_bytes: int, server_key: str | None) -> zmq.asyncio.Socket:
+    """A DEALER that makes one connection and never another: a new connection is a new handshake.
+
+    server_key: Z85; then the connection is encrypted (CURVE), and made with nobody but who has the secret to that key.
+    """
     socket = _socket(context, zmq.DEALER, max_frame_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    if server_key is not None:
+        public, secret = zmq.curve_keypair()  # for this connection only: libsodium takes it from the operating system
+        socket.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     return socket
 
 
-def server_socket(context: zmq.asyncio.Context) -> zmq.asyncio.Socket:
-    """A ROUTER on which sending to a client that is gone is an error, and no client can take another's name."""
-    socket = _socket(context, zmq.ROUTER, MAX_FRAME_BYTES)
+def server_socket(
+    context: zmq.asyncio.Context, max_frame_bytes: int = MAX_FRAME_BYTES, secret: bytes | None = None
+) -> zmq.asyncio.Socket:
+    """A ROUTER on which sending to a client that is gone is an error, and no client can take another's name.
+
+    secret: Z85; then clients that do not speak CURVE, or look for another key, get no connection.
+    """
+    socket = _socket(context, zmq.ROUTER, max_frame_bytes)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    if secret is not None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     return socket

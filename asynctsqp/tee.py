@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
+import importlib.util
 import io
 import os
 import signal
 import sys
 from pathlib import Path
 
+import uvloop
+
+from asynctsqp import enclave_mode
 from asynctsqp.config import (
     MODEL_HELP,
     EngineOptions,
@@ -19,34 +24,26 @@ from asynctsqp.config import (
     from_arguments,
 )
 from asynctsqp.cores import openmp
-from asynctsqp.endpoints import check_endpoint
-from asynctsqp.errors import AsynctsqpError, BadInputError, NotBuiltError, PromptError
-from asynctsqp.standard_output import drop_output
+from asynctsqp.ending import ended
+from asynctsqp.endpoints import check_apart, check_endpoint
+from asynctsqp.errors import BadInputError, PromptError
+from asynctsqp.service.options import Address, ServiceOptions
 
-INTERRUPTED = 130
+SERVICE_MODULES = ("starlette", "uvicorn", "prometheus_client")  # the dependency group `serve`
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends us in order, as Ctrl-C does
-    try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: an answer may hold any character
-        arguments = _parser().parse_args()
-        _check(arguments)
-        _run(arguments)
-    except AsynctsqpError as error:
-        print(f"asynctsqp.tee: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("asynctsqp.tee: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read standard output has gone, as `| head` does
-        drop_output()
-    except OSError as error:
-        drop_output()
-        print(f"asynctsqp.tee: error: cannot write the answer: {error.strerror}", file=sys.stderr)
-        return BadInputError.exit_code
-    return 0
+    enclave_mode.no_core_dumps()
+    return ended("asynctsqp.tee", _answer, "cannot write the answer")
+
+
+def _answer() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: an answer may hold any character
+    arguments = _parser().parse_args()
+    _check(arguments)
+    _run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,25 +54,63 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="default: standard input; a chat where that is a terminal")
     prompt.add_argument("--prompt-file", metavar="PATH")
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompt")
-    parser.add_argument("--serve", metavar="HOST:PORT", help="an HTTP service")
+    parser.add_argument("--serve", metavar="HOST:PORT", help="an OpenAI-compatible HTTP service; see docs/service.md")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, at the end")
     add_arguments(parser, SamplingOptions)
     add_arguments(parser, EngineOptions)
+    add_arguments(parser, ServiceOptions)
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """All that can be known to be wrong before anything is loaded."""
+    arguments.enclave = arguments.enclave or enclave_mode.implied()
+    if arguments.enclave:
+        enclave_mode.hush()
     arguments.options = from_arguments(EngineOptions, arguments)
     arguments.sampling = from_arguments(SamplingOptions, arguments)
     if arguments.gpu is not None:
         check_endpoint("--gpu", arguments.gpu)
+    check_apart(arguments.gpu, arguments.options.mask_peer)
+    arguments.service = from_arguments(ServiceOptions, arguments)
+    if arguments.enclave:
+        enclave_mode.check_entrance(arguments)
+        enclave_mode.check_gpu(arguments.gpu)
+        enclave_mode.check_peer(arguments.gpu, arguments.options)
     if arguments.serve is not None:
-        raise NotBuiltError("--serve is not built yet")
+        _check_service(arguments)
+        return
+    if (flag := _service_flag(arguments.service)) is not None:
+        raise BadInputError(f"{flag} is for --serve")
     arguments.interactive = arguments.prompt is None and arguments.prompt_file is None and _is_terminal()
     if arguments.interactive and arguments.json:
         raise BadInputError("--json needs a prompt: give --prompt or --prompt-file")
     arguments.text = None if arguments.interactive else _text(arguments)
+
+
+def _check_service(arguments: argparse.Namespace) -> None:
+    """Of --serve."""
+    if arguments.prompt is not None or arguments.prompt_file is not None or arguments.chat or arguments.json:
+        raise BadInputError(
+            "--serve takes its prompts from clients: leave out --prompt, --prompt-file, --chat and --json"
+        )
+    if arguments.options.stats or arguments.options.trace:
+        raise BadInputError("--stats and --trace keep all calls until the end: with --serve use /metrics or --log-rpc")
+    for module in SERVICE_MODULES:
+        if importlib.util.find_spec(module) is None:
+            raise BadInputError(f"--serve needs {module}, which is not installed: pip install 'asynctsqp[serve]'")
+    arguments.address = Address.parse(arguments.serve)
+    if not arguments.address.loopback:
+        if arguments.service.api_keys is None:
+            raise BadInputError(f"--serve {arguments.serve} can be reached from elsewhere: give it --api-keys")
+        if arguments.service.tls == "off":
+            raise BadInputError(f"--serve {arguments.serve} can be reached from elsewhere: leave out --tls off")
+
+
+def _service_flag(options: ServiceOptions) -> str | None:
+    """One that was given, if any was."""
+    given = (field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default)
+    return next(("--" + name.replace("_", "-") for name in given), None)
 
 
 def _is_terminal() -> bool:
@@ -93,7 +128,8 @@ def _text(arguments: argparse.Namespace) -> str:
             text = "" if sys.stdin is None else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         source = arguments.prompt_file or "standard input"
-        raise BadInputError(f"cannot read the prompt from {source}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BadInputError(f"cannot read the prompt from {source}: {reason}") from None
     if not text:
         raise PromptError("the prompt is empty")
     return text
@@ -103,10 +139,12 @@ def _run(arguments: argparse.Namespace) -> None:
     os.environ |= openmp()
     from asynctsqp import command  # takes seconds: after the arguments have been checked
 
-    asyncio.run(command.run(arguments))
+    loop_factory = uvloop.new_event_loop if arguments.serve and arguments.options.loop == "uvloop" else None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(command.run(arguments))
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # a thread may still wait for a line of standard input
+    os._exit(code)  # all that matters is closed: no thread of a library may hold up the end

@@ -10,6 +10,11 @@ WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def wire_dtype(dtype: str, weight_bits: int) -> torch.dtype:
+    """Of the tensors between the sides. weight_bits: 0 unless the products are of integer weights."""
+    return torch.int32 if weight_bits else WIRE_DTYPES[dtype]
+
+
 def writable(buffer: memoryview) -> memoryview:
     """The buffer, or a copy of one that is read-only: torch has no read-only tensors, and warns of them."""
     return memoryview(bytearray(buffer)) if buffer.readonly else buffer

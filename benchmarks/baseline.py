@@ -45,7 +45,7 @@ from asynctsqp.errors import BadInputError
 from asynctsqp.model_spec import ModelSpec
 from benchmarks import demo_model, machine
 from benchmarks.baseline_table import show
-from benchmarks.cli import Step, ending, engine_options, steps
+from benchmarks.cli import Step, add_engine_flag, ending, engine_options, steps
 from benchmarks.contenders import Answer, Measure, Split, Transformers, random_prompt
 from benchmarks.harness import Worker, use_cores
 from benchmarks.traffic import of_a_prefill, of_a_step
@@ -121,9 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit-s", type=float, default=110, metavar="N", help="for the rounds of one dtype (default: 110)"
     )
-    parser.add_argument(
-        "--engine", action="append", default=[], metavar="KEY=VALUE", help="an Engine option; may be given again"
-    )
+    add_engine_flag(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     return parser
 

@@ -24,12 +24,15 @@ Results = Mapping[str, Mapping[str, Any]]  # of one report, by dtype
 def show(report: Mapping[str, Any], titles: Mapping[str, str], console: Console) -> None:
     """titles: of each measure, by name."""
     console.print(machine.summary(report["machine"]), highlight=False, soft_wrap=True)
-    console.print(_times(report["results"], titles))
+    console.print(_times(report["results"], titles, report["settings"]["engine"]))
     console.print(_costs(report["results"]))
 
 
-def _times(results: Results, titles: Mapping[str, str]) -> Table:
-    table = Table("dtype", "medians of", title="this project against transformers", title_justify="left")
+def _times(results: Results, titles: Mapping[str, str], engine: Mapping[str, Any]) -> Table:
+    """engine: the options that are not automatic."""
+    options = f" ({', '.join(f'{name}={value}' for name, value in engine.items())})" if engine else ""
+    title = f"this project{options} against transformers"
+    table = Table("dtype", "medians of", title=title, title_justify="left")
     for heading in ("asynctsqp", "transformers", "ratio", "interval of the ratio", "quiet pairs"):
         table.add_column(heading, justify="right")
     for dtype, result in results.items():

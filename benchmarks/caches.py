@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from asynctsqp.config import OneLineParser
 from asynctsqp.errors import BadInputError
 from asynctsqp.limits import WIRE_DTYPE_NAMES
 from benchmarks import demo_model, machine
-from benchmarks.cli import Step, ending, steps
+from benchmarks.cli import Step, ending, publish, steps
 from benchmarks.contenders import Answer, Measure, Split, random_prompt
 from benchmarks.harness import PATIENCE_S, Worker
 from benchmarks.turns import Limits, take_turns, times
@@ -126,10 +125,7 @@ def _print(report: Mapping[str, Any], out: Path | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(machine.summary(report["machine"]), highlight=False, soft_wrap=True)
     console.print(_table(report["results"]))
-    line = json.dumps(report)
-    if out is not None:
-        out.write_text(line + "\n")
-    print(line)
+    publish(report, out)
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> Table:

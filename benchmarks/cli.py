@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +20,13 @@ from asynctsqp.errors import AsynctsqpError, BadInputError
 from benchmarks.harness import WorkerFailed
 
 Step = Callable[[str], None]  # what is called as a step begins, with its name
+
+
+def add_engine_flag(parser: argparse.ArgumentParser) -> None:
+    """--engine, for `engine_options`."""
+    parser.add_argument(
+        "--engine", action="append", default=[], metavar="KEY=VALUE", help="an Engine option; may be given again"
+    )
 
 
 def engine_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -51,6 +61,14 @@ def ending(program: str, *errors: type[Exception]) -> Iterator[End]:
         end.code = error.exit_code if isinstance(error, AsynctsqpError) else 1
     except KeyboardInterrupt:
         end.code = 130
+
+
+def publish(report: Mapping[str, Any], out: Path | None) -> None:
+    """A result as one line of JSON: into a file, if one is named, and last on standard output."""
+    line = json.dumps(report)
+    if out is not None:
+        out.write_text(line + "\n")
+    print(line)
 
 
 @contextlib.contextmanager

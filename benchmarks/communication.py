@@ -9,7 +9,7 @@ from asynctsqp import Engine
 
 
 def computed(engine: Engine, first_token_at: float) -> dict[str, float]:
-    """Seconds of computing, either side's, since the last call: before the first token, and after it.
+    """Seconds of computing since the last call: before the first token, and after it; either side's, the GPU side's.
 
     The only place that knows where these come from: the records of an engine that was made with `stats=True`, which
     are taken out. Without any, all of it is zero.
@@ -17,16 +17,21 @@ def computed(engine: Engine, first_token_at: float) -> dict[str, float]:
     pipeline = engine._pipeline
     recorder = None if pipeline is None else pipeline._recorder
     if recorder is None:
-        return {"first_s": 0.0, "rest_s": 0.0}
+        return dict.fromkeys(("first_s", "rest_s", "gpu_first_s", "gpu_rest_s"), 0.0)
     records = recorder.records
-    spent = [(span.start_at, span.end_at - span.start_at) for span in records.spans]
-    spent += [(rpc.start_at, rpc.gpu_s) for rpc in records.rpcs]
+    by_tee = [(span.start_at, span.end_at - span.start_at) for span in records.spans]
+    by_gpu = [(rpc.start_at, rpc.gpu_s) for rpc in records.rpcs]
     records.spans.clear()
     records.rpcs.clear()
-    return {
-        "first_s": sum(seconds for start, seconds in spent if start < first_token_at),
-        "rest_s": sum(seconds for start, seconds in spent if start >= first_token_at),
-    }
+    first_s, rest_s = _around(first_token_at, by_tee + by_gpu)
+    gpu_first_s, gpu_rest_s = _around(first_token_at, by_gpu)
+    return {"first_s": first_s, "rest_s": rest_s, "gpu_first_s": gpu_first_s, "gpu_rest_s": gpu_rest_s}
+
+
+def _around(moment: float, spent: list[tuple[float, float]]) -> tuple[float, float]:
+    """spent: when something began, and the seconds that it took -> what began before the moment, and after it."""
+    before = sum(seconds for start, seconds in spent if start < moment)
+    return before, sum(seconds for start, seconds in spent if start >= moment)
 
 
 def communication_share(answer: Mapping[str, Any], key: str) -> float:
@@ -36,3 +41,8 @@ def communication_share(answer: Mapping[str, Any], key: str) -> float:
     of the model. Where both sides compute at once it comes out too small, and not below zero.
     """
     return max(0.0, 1 - float(answer["computed"][key]) / float(answer[key]))
+
+
+def gpu_share(answer: Mapping[str, Any], key: str) -> float:
+    """The GPU side's computing / wall; as much as 1 where calls of several lanes are computed at once."""
+    return min(1.0, float(answer["computed"][f"gpu_{key}"]) / float(answer[key]))

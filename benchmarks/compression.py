@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,7 @@ from asynctsqp.config import OneLineParser
 from asynctsqp.cores import openmp
 from asynctsqp.errors import BadInputError
 from benchmarks import compression_links, demo_model, machine
-from benchmarks.cli import Step, ending, steps
+from benchmarks.cli import Step, ending, publish, steps
 from benchmarks.compression_table import show
 from benchmarks.harness import Worker
 
@@ -146,10 +145,7 @@ def _report(settings: Settings) -> dict[str, Any]:
 
 def _print(report: Mapping[str, Any], out: Path | None) -> None:
     show(report, Console(width=None if sys.stdout.isatty() else 120))
-    line = json.dumps(report)
-    if out is not None:
-        out.write_text(line + "\n")
-    print(line)
+    publish(report, out)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -15,6 +15,11 @@ from benchmarks.harness import PATIENCE_S, Worker
 Answer = dict[str, Any]
 
 
+def openmp_added() -> dict[str, str]:
+    """What `python -m asynctsqp.tee` adds to its environment for OpenMP."""
+    return {name: value for name, value in openmp().items() if name not in os.environ}
+
+
 @dataclass(frozen=True)
 class Measure:
     """One question, and which time of the answer counts."""
@@ -51,8 +56,7 @@ class Split:
     @staticmethod
     def worker(patience_s: float = PATIENCE_S) -> Worker:
         """With what `python -m asynctsqp.tee` adds to its environment."""
-        added = {name: value for name, value in openmp().items() if name not in os.environ}
-        return Worker("asynctsqp", "benchmarks.split_worker", added, patience_s)
+        return Worker("asynctsqp", "benchmarks.split_worker", openmp_added(), patience_s)
 
     def warm_up(self, measures: Sequence[Measure]) -> None:
         for measure in measures:

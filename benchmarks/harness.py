@@ -118,6 +118,10 @@ class Worker:
         """For each process of the tree, by the module that it runs: see `memory_of`."""
         return {_module(process): memory_of(process.pid) for process in self._tree()}
 
+    def cpu_s(self) -> float:
+        """Seconds that the tree's processes have computed so far; one that has ended is not in it any more."""
+        return float(sum(sum(process.cpu_times()[:2]) for process in self._tree()))
+
     def _tree(self) -> list[psutil.Process]:
         try:
             parent = psutil.Process(self._process.pid)

@@ -9,6 +9,7 @@ from typing import Any
 
 from asynctsqp import Engine
 from benchmarks.communication import computed
+from benchmarks.together import together
 from benchmarks.worker import serve
 from tee_side.request import Progress
 
@@ -42,16 +43,17 @@ class Split:
         spent = [first["first_s"] for first in firsts]
         return {"first_s": spent[0], "rest_s": sum(spent[1:]), "token_ids": made}
 
+    def together(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """An answer to each prompt, all at once: benchmarks.together."""
+        return self._runner.run(together(self._loaded(), prompts, new_tokens))
+
     async def _answer(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
-        if self._engine is None:
-            raise RuntimeError("nothing is loaded")
+        engine = self._loaded()
         progress = Progress()
         made: list[int] = []
         arrivals: list[float] = []
         start = time.perf_counter()
-        stream = self._engine.generate(
-            tokens, progress=progress, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True
-        )
+        stream = engine.generate(tokens, progress=progress, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         async for piece in stream:
             arrivals.append(time.perf_counter())
             made.append(piece.token_id)
@@ -62,8 +64,13 @@ class Split:
             "token_ids": made,
             "rpc": dataclasses.asdict(progress.rpc),
             "wait_share": progress.rpc.wait_s / busy_s,
-            "computed": computed(self._engine, arrivals[0]),
+            "computed": computed(engine, arrivals[0]),
         }
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("nothing is loaded")
+        return self._engine
 
     def close(self) -> None:
         if self._engine is not None:
@@ -74,7 +81,7 @@ def main() -> None:
     with asyncio.Runner() as runner:
         split = Split(runner)
         try:
-            serve({"load": split.load, "answer": split.answer, "again": split.again})
+            serve({"load": split.load, "answer": split.answer, "again": split.again, "together": split.together})
         finally:
             split.close()
 

@@ -13,30 +13,34 @@ from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.shm import Region, SlotTensors
-from asynctsqp.tensor_codec import WIRE_DTYPES, bytes_of, writable
-from gpu_side.executor import Executor, Tensors, Times, is_short
+from asynctsqp.tensor_codec import bytes_of, wire_dtype, writable
+from gpu_side.executor import DECODE_KEYS, Executor, Program, Tensors, short_rows
 from gpu_side.programs import Programs, check_tokens
-from gpu_side.weights import Weights
 
-MAX_CALLS = 256  # in flight; an honest client has as many as slots
+MOST_KEPT = 8192  # calls of one client that are remembered; a token of a 32-layer model on two slots has 258
 MOST_COPIES = 4  # calls whose tensors came in messages, and are in this process's own memory at once
+
+
+Prepared = tuple[Program, Tensors, Tensors, bool, object, object]  # what Executor.run takes
 
 
 class Client:
     """One greeted TEE side. Every number in its messages is checked before it is used."""
 
     def __init__(
-        self, hello: Hello, spec: ModelSpec, weights: Weights, executor: Executor, wake: Callable[[], None]
+        self, hello: Hello, spec: ModelSpec, programs: Programs, executor: Executor, wake: Callable[[], None]
     ) -> None:
         self._spec = spec
-        self._layouts = Layouts(spec, WIRE_DTYPES[hello.dtype])
+        self._layouts = Layouts(spec, wire_dtype(hello.dtype, hello.weight_bits))
         self._operations = OPERATIONS[hello.partition]
-        self._programs = Programs(spec, weights)
+        self._programs = programs
         self._compression = Compression(hello.compress)
         self._copies = asyncio.Semaphore(MOST_COPIES)
         self._executor = executor
         self._region: Region | None = None
         self._wake = wake
+        self._kept: dict[tuple[int, ...], Prepared] = {}
+        self._short_rows = short_rows(spec)
         self.doorbell: Doorbell | None = None
         self.listener: asyncio.Task[None] | None = None
         self.calls: set[asyncio.Task[None]] = set()
@@ -46,26 +50,35 @@ class Client:
         if self._region is not None:
             raise BadInputError("a connection has one region, and it is attached already")
         region = Region.attach(request.name, request.lanes, request.slots, request.slot_bytes)
-        self._executor.pin(region)
+        try:
+            self._executor.pin(region)
+        except BaseException:
+            region.close()
+            raise
         self._region = region
         if request.doorbell:
             incoming, outgoing = Ring(region.call_ring()), Ring(region.answer_ring())
-            self.doorbell = Doorbell(outgoing, incoming, self._wake, lambda: not self._executor.busy)
+            self.doorbell = Doorbell(outgoing, incoming, self._wake, lambda: self._executor.looks)
         return Attached(request.call_id, region.nonce)
+
+    def is_short(self, call: Call) -> bool:
+        """Whether the event loop may wait for a call, which is yet to be checked."""
+        return call.rows <= self._short_rows.get(call.op, 0) and call.keys <= DECODE_KEYS
 
     async def serve(self, call: Call, frame: memoryview | None) -> tuple[Done, memoryview | bytes | None]:
         """Runs one call, on shared memory or on the tensors that came with it. Raises CallRefused."""
-        op, layout = self._checked(call)
         payload = frame if call.tensors is None else call.tensors
         if payload is None:
-            inputs, outputs = self._in_region(call, layout)
-            return Done(call.call_id, *await self._run(call, op, inputs, outputs)), None
+            known = self._known(call)
+            return Done(call.call_id, *await self._executor.run(*known)), None
+        op, layout = self._checked(call)
         if layout.slot_bytes > MAX_FRAME_BYTES:  # a small payload may claim to be a large one, compressed
             raise CallRefused("the call or its answer would be larger than a message may be")
         async with self._copies:
-            inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), 0, layout.inputs)
+            inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), layout.inputs)
             answer = bytes_of(self._executor.buffer(layout.output_bytes))
-            times = await self._run(call, op, inputs, tensors_in(answer, 0, layout.outputs))
+            outputs = tensors_in(answer, layout.outputs)
+            times = await self._executor.run(*self._prepared(call, op, inputs, outputs, repeats=None))
             packed = await self._packed(answer)
         if call.tensors is None:
             return Done(call.call_id, *times), packed
@@ -80,12 +93,16 @@ class Client:
             await asyncio.gather(self.listener, return_exceptions=True)
         if self.doorbell is not None:
             self.doorbell.close()
-        self._executor.forget([(self, lane) for lane in range(MAX_LANES)])
-        if self._region is not None:
-            try:
-                self._executor.unpin(self._region)
-            finally:
-                self._region.close()
+        region = self._region
+        self._kept.clear()
+        try:
+            self._executor.forget([(self, lane) for lane in range(MAX_LANES)])
+        finally:
+            if region is not None:
+                try:
+                    self._executor.unpin(region)
+                finally:
+                    region.close()
 
     def _checked(self, call: Call) -> tuple[Op, Layout]:
         try:
@@ -113,12 +130,24 @@ class Client:
             raise CallRefused("the call does not fit its slot")
         return region.tensors(call.lane, call.slot, layout)
 
-    async def _run(self, call: Call, op: Op, inputs: Tensors, outputs: Tensors) -> Times:
+    def _known(self, call: Call) -> Prepared:
+        """A call on the region. One of a decode step comes again, with its tensors at the same place: it is kept."""
+        key = (call.op, call.layer, call.rows, call.keys, call.lane, call.slot)
+        if key in self._kept:
+            return self._kept[key]
+        op, layout = self._checked(call)
+        inputs, outputs = self._in_region(call, layout)
+        # of EMBEDDING the token ids are looked at anew each time
+        if not layout.reused or op is Op.EMBEDDING or len(self._kept) == MOST_KEPT:
+            return self._prepared(call, op, inputs, outputs, repeats=None)
+        prepared = self._kept[key] = self._prepared(call, op, inputs, outputs, repeats=key)
+        return prepared
+
+    def _prepared(self, call: Call, op: Op, inputs: Tensors, outputs: Tensors, repeats: object) -> Prepared:
         if op is Op.EMBEDDING:
             inputs = (check_tokens(inputs[0], self._spec.vocab_size),)
         program = self._programs.of(op, call.layer)
-        short = is_short(call.rows, call.keys)
-        return await self._executor.run(program, inputs, outputs, short, (self, call.lane))
+        return program, inputs, outputs, self.is_short(call), (self, call.lane), repeats
 
     async def _unpacked(self, payload: memoryview | bytes, size: int) -> memoryview:
         view = memoryview(payload)

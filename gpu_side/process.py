@@ -13,7 +13,8 @@ import socket as socketlib
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,31 +24,53 @@ import zmq.asyncio
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.errors import BadInputError
+from asynctsqp.limits import MAX_FRAME_BYTES
 from asynctsqp.sockets import server_socket
-from gpu_side import executor
+from gpu_side.device import choose
+from gpu_side.made_weights import Kind
+from gpu_side.mask_server import MaskServer
+from gpu_side.secret_file import public_key, secret_key
 from gpu_side.server import Server
 
+MAX_REQUEST_BYTES = 4096  # of a frame to a mask peer, whose clients send no tensors
 
-def serve(bind: str | None, model: str, device: str, dtype: str | None, threads: int) -> None:
+
+@dataclass(frozen=True)
+class Settings:
+    """dtype: the only one to serve, or None; weight_bits: of integer weights that are made at the start, or None;
+    mask_peer_secret: of a mask peer, or None for a GPU side.
+    """
+
+    model: str
+    device: str
+    dtype: str | None
+    weight_bits: int | None
+    threads: int
+    mask_peer_secret: Path | None
+
+
+def serve(bind: str | None, settings: Settings) -> None:
     """Runs until SIGINT or SIGTERM.
 
     bind: an endpoint, or None for a private one that is served until standard input closes: then the process
     belongs to the TEE side that started it. Raises BadInputError for anything that keeps it from starting.
     """
     logging.basicConfig(level=logging.WARNING, format="asynctsqp.gpu: %(message)s")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
+    secret = None if settings.mask_peer_secret is None else secret_key(settings.mask_peer_secret)
     with _private_endpoint() if bind is None else contextlib.nullcontext(bind) as endpoint:
-        uvloop.run(_until_stopped(endpoint, model, device, dtype, threads, owned=bind is None))
+        uvloop.run(_until_stopped(endpoint, settings, secret, owned=bind is None))
 
 
-async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | None, threads: int, owned: bool) -> None:
+async def _until_stopped(endpoint: str, settings: Settings, secret: bytes | None, owned: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     if owned:
         await _watch_standard_input(stop)
-    serving = asyncio.create_task(_load_and_serve(endpoint, model, device, dtype, threads))
+    serve = _serve_operations(endpoint, settings) if secret is None else _serve_masks(endpoint, settings, secret)
+    serving = asyncio.create_task(serve)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     for task in (serving, stopping):
@@ -56,23 +79,47 @@ async def _until_stopped(endpoint: str, model: str, device: str, dtype: str | No
         await serving
 
 
-async def _load_and_serve(endpoint: str, model: str, device: str, dtype: str | None, threads: int) -> None:
+async def _serve_operations(endpoint: str, settings: Settings) -> None:
+    with _listening(endpoint) as socket:
+        executor = choose(settings.device, settings.threads)
+        checkpoint = await asyncio.to_thread(Checkpoint.find, settings.model)
+        server = Server(socket, checkpoint, executor, settings.dtype)
+        await asyncio.gather(server.run(), _announce(server, socket, (settings.dtype, settings.weight_bits)))
+
+
+async def _serve_masks(endpoint: str, settings: Settings, secret: bytes) -> None:
+    with _listening(endpoint, MAX_REQUEST_BYTES, secret) as socket:
+        executor = choose(settings.device, settings.threads)
+        checkpoint = await asyncio.to_thread(Checkpoint.find, settings.model)
+        server = MaskServer(socket, checkpoint, executor)
+        _say_where(socket)
+        print("mask-peer-key", public_key(secret), flush=True)
+        await server.run()
+
+
+async def _announce(server: Server, socket: zmq.asyncio.Socket, kinds: Iterable[Kind | None]) -> None:
+    """Once the weights that are sure to be asked for are made."""
+    for kind in kinds:
+        if kind is not None:
+            await server.weights.of(kind)
+    _say_where(socket)
+
+
+def _say_where(socket: zmq.asyncio.Socket) -> None:
+    print("listening", socket.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
+
+
+@contextlib.contextmanager
+def _listening(
+    endpoint: str, max_frame_bytes: int = MAX_FRAME_BYTES, secret: bytes | None = None
+) -> Iterator[zmq.asyncio.Socket]:
+    """Bound before the long load: a port in use is known at once."""
     context = zmq.asyncio.Context()
     try:
-        # bound before the long load: a port in use is known at once
-        with server_socket(context) as socket, _bound(socket, endpoint):
-            chosen = executor.choose(device, threads)
-            checkpoint = await asyncio.to_thread(Checkpoint.find, model)
-            server = Server(socket, checkpoint, chosen, dtype)
-            await asyncio.gather(server.run(), _announce(server, socket, dtype))
+        with server_socket(context, max_frame_bytes, secret) as socket, _bound(socket, endpoint):
+            yield socket
     finally:
         context.term()
-
-
-async def _announce(server: Server, socket: zmq.asyncio.Socket, dtype: str | None) -> None:
-    if dtype:
-        await server.weights(dtype)
-    print("listening", socket.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
 
 
 @contextlib.contextmanager

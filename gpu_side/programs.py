@@ -1,12 +1,13 @@
 """What each operation computes: short functions over a model's weights.
 
-The shapes of their inputs and outputs are in asynctsqp/layouts.py; the non-linear parts are the TEE side's own
-(asynctsqp/operators.py).
+The shapes of their inputs and outputs are in asynctsqp/layouts.py; the non-linear parts are in
+asynctsqp/operators.py.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -17,7 +18,14 @@ from gpu_side.executor import Program, Tensors
 from gpu_side.weights import Linear, Weights
 
 
-class Programs:
+class Programs(Protocol):
+    """What the clients of one arithmetic may ask for."""
+
+    def of(self, op: Op, layer: int) -> Program:
+        """op: one of the client's partition; layer: one that the model has."""
+
+
+class FloatPrograms:
     """All operations of one model in one dtype."""
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:

@@ -10,12 +10,15 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import PARTS, LinearSpec, Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
-from gpu_side import memory
+from gpu_side import blocked, memory
 
 
 @dataclass(frozen=True)
 class Linear:
-    """weight: [out_features, in_features]; bias: [out_features] or None; one dtype, one device."""
+    """weight: [out_features, in_features], as the device has it, or in oneDNN's blocked layout (blocked.py).
+
+    bias: [out_features] or None; one dtype, one device.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -27,13 +30,9 @@ class Linear:
         return out
 
     def product(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x: [rows, in_features] -> out: [rows, out_features] = x W^T (+ bias), with no copy in between."""
-        if len(x) == 1:  # the matrix-vector kernels are up to twice as fast for a decode step
-            x, out = x[0], out[0]
-            if self.bias is None:
-                torch.mv(self.weight, x, out=out)
-            else:
-                torch.addmv(self.bias, self.weight, x, out=out)
+        """x: [rows, in_features] -> out: [rows, out_features] = x W^T (+ bias)."""
+        if self.weight.is_mkldnn:
+            blocked.product(x, self.weight, self.bias, out)
         elif self.bias is None:
             torch.mm(x, self.weight.t(), out=out)
         else:
@@ -61,19 +60,20 @@ class Weights:
         self._dtype = WIRE_DTYPES[dtype]
         self._device = device
         spec = checkpoint.spec
+        self._block = blocked.works(self._dtype, device)
         self._linears = {
             (op, layer): self._load(linear, layer)
             for op, linear in spec.linears.items()
             for layer in range(spec.layers_of(op))
         }
-        for whole, parts in PARTS.items():
-            for layer in range(spec.layers):
-                self._linears |= _split(self._linears[whole, layer], parts, spec.linears[whole], layer)
+        if self._block:
+            for op in spec.linears:  # those of all layers have the same shape
+                blocked.warm_up(self._linears[op, 0].weight, self._linears[op, 0].bias)
         self.norms = tuple(
             Norms(self._norm(layer, "input_layernorm"), self._norm(layer, "post_attention_layernorm"))
             for layer in range(spec.layers)
         )
-        self._embedding = self._linears[Op.LM_HEAD, 0].weight if spec.tied_embedding else None
+        self._embedding = self._linears[Op.LM_HEAD, 0].weight if spec.tied_embedding and not self._block else None
         _finish_copies(device)
 
     def linear(self, op: Op, layer: int) -> Linear:
@@ -89,11 +89,14 @@ class Weights:
 
     def prepare(self, partition: str) -> None:
         """Reads what only this partition needs; not for the event loop. Raises BadInputError where it does not fit."""
-        spec = self._checkpoint.spec
-        if Op.EMBEDDING in OPERATIONS[partition] and self._embedding is None:
+        spec, operations = self._checkpoint.spec, OPERATIONS[partition]
+        if Op.EMBEDDING in operations and self._embedding is None:
             memory.check(self._checkpoint, spec.vocab_size * spec.hidden_size, self._dtype, self._device)
             self._embedding = self._checkpoint.read("model.embed_tokens.weight").to(self._device, self._dtype)
-            _finish_copies(self._device)
+        for whole, parts in PARTS.items():
+            if operations.issuperset(parts) and (parts[0], 0) not in self._linears:
+                self._load_parts(spec.linears[whole], parts)
+        _finish_copies(self._device)
 
     def _norm(self, layer: int, name: str) -> torch.Tensor:
         return self._checkpoint.read(f"model.layers.{layer}.{name}.weight").to(self._device, torch.float32)
@@ -101,7 +104,16 @@ class Weights:
     def _load(self, linear: LinearSpec, layer: int) -> Linear:
         weight = self._stack(linear, layer, ".weight", (linear.out_features, linear.in_features))
         bias = self._stack(linear, layer, ".bias", (linear.out_features,)) if linear.bias else None
-        return Linear(weight, bias)
+        return Linear(blocked.of(weight) if self._block else weight, bias)
+
+    def _load_parts(self, linear: LinearSpec, parts: tuple[Op, ...]) -> None:
+        """What a fused linear is made of, one by one: read again, for the partition that measures what fusing saves."""
+        layers = range(self._checkpoint.spec.layers)
+        parameters = len(layers) * linear.out_features * (linear.in_features + linear.bias)
+        memory.check(self._checkpoint, parameters, self._dtype, self._device)
+        for op, part in zip(parts, linear.parts, strict=True):
+            alone = LinearSpec(linear.in_features, (part,), linear.bias)
+            self._linears |= {(op, layer): self._load(alone, layer) for layer in layers}
 
     def _stack(self, linear: LinearSpec, layer: int, suffix: str, shape: tuple[int, ...]) -> torch.Tensor:
         stacked = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -115,12 +127,5 @@ class Weights:
 def _finish_copies(device: torch.device) -> None:
     """The streams that will read the weights do not wait for the one that wrote them."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _split(whole: Linear, parts: tuple[Op, ...], spec: LinearSpec, layer: int) -> dict[tuple[Op, int], Linear]:
-    """The parts of a fused linear: views of its rows."""
-    rows = [size for _, size in spec.parts]
-    weights = whole.weight.split(rows)
-    biases = [None] * len(parts) if whole.bias is None else list(whole.bias.split(rows))
-    return {(op, layer): Linear(weight, bias) for op, weight, bias in zip(parts, weights, biases, strict=True)}
+        # not the device as a whole: that may not be waited for while another thread records a graph on it
+        torch.cuda.current_stream(device).synchronize()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
 
 from asynctsqp.errors import AsynctsqpError, EngineClosed, one_line
+from tee_side.arrays import Rows, Tokens
 from tee_side.enclave import RunningSequence
 from tee_side.lanes import Lane
 from tee_side.link import Link
+from tee_side.meter import Meter
 from tee_side.model import Model
 from tee_side.offload import Note, Offload
 from tee_side.request import RpcTotals
 from tee_side.scheduler import Portion, Scheduler
+from tee_side.seals import Sealer
 
 
 class Request(Protocol):
@@ -27,8 +31,8 @@ class Request(Protocol):
     def account(self, totals: RpcTotals, share: float) -> None:
         """What a pass cost that this request had a share of, by rows."""
 
-    def accept(self, first: int, scores: torch.Tensor) -> int | None:
-        """Wanted scores of the portion that begins with this token, [n, vocab] float32 -> the token that is next.
+    def accept(self, first: int, scores: Rows) -> int | None:
+        """Wanted scores of the portion that begins with this token, [n, vocab] -> the token that is next.
 
         None: there is none, now or ever.
         """
@@ -42,19 +46,28 @@ class _Flight:
     """One micro-batch on its lane."""
 
     batch: Sequence[Portion[Request]]
-    task: asyncio.Task[torch.Tensor]
+    task: asyncio.Task[Rows]
 
 
 class Batches:
     """All requests of one engine on their way. Make it in a running loop, end it with `close`."""
 
     def __init__(
-        self, scheduler: Scheduler[Request], model: Model, link: Link, lanes: Sequence[Lane], note: Note | None
+        self,
+        scheduler: Scheduler[Request],
+        model: Model,
+        link: Link,
+        sealer: Sealer,
+        lanes: Sequence[Lane],
+        note: Note | None,
+        meter: Meter,
     ) -> None:
         self._scheduler = scheduler
         self._model = model
         self._link = link
+        self._sealer = sealer
         self._note = note
+        self._meter = meter
         self._lanes = lanes
         self._work = asyncio.Event()
         self._flights: set[_Flight] = set()
@@ -91,6 +104,7 @@ class Batches:
 
     async def _run(self, batch: Sequence[Portion[Request]], lane: Lane) -> None:
         totals = RpcTotals()
+        began_at = time.perf_counter()
         try:
             flight = _Flight(batch, self._begin(batch, lane, totals))
         except Exception as error:  # no memory for keys and values, say
@@ -99,6 +113,8 @@ class Batches:
         self._flights.add(flight)
         try:
             await asyncio.wait((flight.task,))
+            failure = None if flight.task.cancelled() else flight.task.exception()
+            self._meter.passed(totals, time.perf_counter() - began_at, failure)
             self._finish(flight, totals)
         finally:
             flight.task.cancel()
@@ -106,11 +122,12 @@ class Batches:
             self._scheduler.done(batch)
             self._work.set()
 
-    def _begin(self, batch: Sequence[Portion[Request]], lane: Lane, totals: RpcTotals) -> asyncio.Task[torch.Tensor]:
-        tee = self._model.begin([(portion.request.sequence, len(portion.tokens)) for portion in batch], lane.index)
-        tokens = torch.tensor([token for portion in batch for token in portion.tokens])
-        gpu = Offload(self._link, lane, totals, self._note)
-        return asyncio.create_task(self._model.forward(tee, gpu, tokens, _wanted(batch)))
+    def _begin(self, batch: Sequence[Portion[Request]], lane: Lane, totals: RpcTotals) -> asyncio.Task[Rows]:
+        parts = [(portion.request.sequence, len(portion.tokens)) for portion in batch]
+        tee = self._model.begin(parts, _wanted(batch), lane.index)
+        tokens = np.array([token for portion in batch for token in portion.tokens], np.int64)
+        gpu = Offload(self._link, lane, self._sealer, totals, self._note, self._meter)
+        return asyncio.create_task(self._model.forward(tee, gpu, tokens))
 
     def _ground(self, batch: Sequence[Portion[Request]], error: Exception) -> None:
         """A micro-batch that cannot begin."""
@@ -137,7 +154,7 @@ class Batches:
                 self._accept(portion, flight.task.result()[start:end])
             start = end
 
-    def _accept(self, portion: Portion[Request], scores: torch.Tensor) -> None:
+    def _accept(self, portion: Portion[Request], scores: Rows) -> None:
         if not self._scheduler.has(portion.request):
             return
         try:
@@ -163,11 +180,11 @@ def _wanted_rows(portion: Portion[Request]) -> int:
     return len(portion.tokens[portion.wanted.value])
 
 
-def _wanted(batch: Sequence[Portion[Request]]) -> torch.Tensor:
+def _wanted(batch: Sequence[Portion[Request]]) -> Tokens:
     """The indices of the rows after which scores are wanted."""
     rows: list[int] = []
     start = 0
     for portion in batch:
         rows += range(start, start + len(portion.tokens))[portion.wanted.value]
         start += len(portion.tokens)
-    return torch.tensor(rows, dtype=torch.int64)
+    return np.array(rows, np.int64)

@@ -13,12 +13,15 @@ import torch
 
 from asynctsqp.compression import Compression
 from asynctsqp.errors import ProtocolError
-from asynctsqp.layouts import Layout, tensors_in
+from asynctsqp.layouts import Layout
 from asynctsqp.messages import Call, Done
 from asynctsqp.shm import Region
-from asynctsqp.tensor_codec import bytes_of, writable
+from asynctsqp.tensor_codec import writable
+from tee_side.arrays import Array
+from tee_side.places import Places, places_in, shared_places_in
 
 Frames = tuple[memoryview | bytes, ...]
+Arrays = tuple[Array, ...]
 
 
 class Carrier(Protocol):
@@ -27,13 +30,11 @@ class Carrier(Protocol):
     transport: str  # as records.RpcRecord names it
     slot_bytes: int
 
-    def put(self, call: Call, layout: Layout, inputs: tuple[torch.Tensor, ...]) -> tuple[Call, Frames]:
-        """Casts float32 inputs (ids: int64) to where they travel from; returns what is to be sent."""
+    def put(self, call: Call, layout: Layout, inputs: Arrays) -> tuple[Call, Frames]:
+        """Casts inputs to where they travel from; returns what is to be sent."""
 
-    def take(
-        self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: tuple[torch.Tensor, ...]
-    ) -> None:
-        """Copies and casts the answer into `outputs`, float32. Raises ProtocolError if it has another size."""
+    def take(self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: Arrays) -> None:
+        """Copies and casts the answer into `outputs`. Raises ProtocolError if it has another size."""
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -44,26 +45,35 @@ class SharedMemoryCarrier:
 
     def __init__(self, region: Region, doorbell: bool) -> None:
         self._region = region
+        self._kept: dict[tuple[int, int, Layout], tuple[Places, Places]] = {}
         self.transport = "doorbell" if doorbell else "shm"
         self.slot_bytes = region.slot_bytes
 
-    def put(self, call: Call, layout: Layout, inputs: tuple[torch.Tensor, ...]) -> tuple[Call, Frames]:
-        views, _ = self._region.tensors(call.lane, call.slot, layout)
-        for view, tensor in zip(views, inputs, strict=True):
-            view.copy_(tensor)
+    def put(self, call: Call, layout: Layout, inputs: Arrays) -> tuple[Call, Frames]:
+        for place, x in zip(self._places(call, layout)[0], inputs, strict=True):
+            place.write(x)
         return call, ()
 
-    def take(
-        self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: tuple[torch.Tensor, ...]
-    ) -> None:
+    def take(self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: Arrays) -> None:
         if frame is not None or answer.tensors is not None:
             raise ProtocolError("the GPU side sent a tensor that it should have put into shared memory")
-        _, views = self._region.tensors(call.lane, call.slot, layout)
-        for view, tensor in zip(views, outputs, strict=True):
-            tensor.copy_(view)
+        for place, y in zip(self._places(call, layout)[1], outputs, strict=True):
+            place.read(y)
 
     def close(self) -> None:
+        self._kept.clear()
         self._region.close()
+
+    def _places(self, call: Call, layout: Layout) -> tuple[Places, Places]:
+        """Of the request and of its reply."""
+        key = (call.lane, call.slot, layout)
+        if key in self._kept:
+            return self._kept[key]
+        request, reply = self._region.slot(call.lane, call.slot)
+        places = shared_places_in(request, layout.inputs), shared_places_in(reply, layout.outputs)
+        if layout.reused:  # those of a decode step: making them takes as long as the product's call
+            self._kept[key] = places
+        return places
 
 
 class MessageCarrier:
@@ -76,25 +86,23 @@ class MessageCarrier:
         self._packed = packed
         self._compression = compression
 
-    def put(self, call: Call, layout: Layout, inputs: tuple[torch.Tensor, ...]) -> tuple[Call, Frames]:
+    def put(self, call: Call, layout: Layout, inputs: Arrays) -> tuple[Call, Frames]:
         # memory of its own: ZeroMQ's I/O thread reads it after this returns
-        memory = bytes_of(torch.zeros(layout.input_bytes, dtype=torch.uint8))  # the gaps between tensors travel too
-        for view, tensor in zip(tensors_in(memory, 0, layout.inputs), inputs, strict=True):
-            view.copy_(tensor)
+        memory = memoryview(bytearray(layout.input_bytes))  # zeroed: the gaps between tensors travel too
+        for place, x in zip(places_in(memory, layout.inputs), inputs, strict=True):
+            place.write(x)
         payload = self._compression.pack(memory, self._itemsize)
         if self._packed:
             return msgspec.structs.replace(call, tensors=bytes(payload)), ()
         return call, (payload,)
 
-    def take(
-        self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: tuple[torch.Tensor, ...]
-    ) -> None:
+    def take(self, call: Call, layout: Layout, answer: Done, frame: memoryview | None, outputs: Arrays) -> None:
         payload = answer.tensors if self._packed else frame
         if payload is None or (frame is not None) == self._packed:
             raise ProtocolError("the GPU side answered without a tensor, or with one in the wrong place")
         raw = self._compression.unpack(memoryview(payload), layout.output_bytes, self._itemsize)
-        for view, tensor in zip(tensors_in(writable(raw), 0, layout.outputs), outputs, strict=True):
-            tensor.copy_(view)
+        for place, y in zip(places_in(writable(raw), layout.outputs), outputs, strict=True):
+            place.read(y)
 
     def close(self) -> None:
         pass

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
 from asynctsqp.errors import ProtocolError
+from tee_side.arrays import Rows
 from tee_side.enclave import RunningSequence
 from tee_side.request import Piece, Progress, RpcTotals
 from tee_side.sampler import Sampler
+from tee_side.scores import Scorer, TokenScore
 from tee_side.tokenizer import TextStream
+
+Part = TypeVar("Part")
 
 
 class Generation:
@@ -27,6 +33,7 @@ class Generation:
         most: int,
         end: frozenset[int],
         progress: Progress,
+        scorer: Scorer | None,
     ) -> None:
         self.sequence = sequence
         self._sampler = sampler
@@ -35,6 +42,7 @@ class Generation:
         self._most = most
         self._end = end
         self._progress = progress
+        self._scorer = scorer  # None: nobody wants log-probabilities
         self._since = time.perf_counter()
         self._arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
@@ -51,48 +59,56 @@ class Generation:
     def account(self, totals: RpcTotals, share: float) -> None:
         self._progress.rpc.add(totals, share)
 
-    def accept(self, first: int, scores: torch.Tensor) -> int | None:
-        if not scores.isfinite().all():
-            raise ProtocolError("the scores are not finite: the GPU side is broken, or float16 overflowed")
-        token = self._sampler.choose(scores[0], self._tokens)
+    def accept(self, first: int, scores: Rows) -> int | None:
+        rows = _finite(scores)
+        token = self._sampler.choose(rows[0], self._tokens)
+        score = None if self._scorer is None else self._scorer.score(rows, [token])[0]
         self._tokens.append(token)
         self._progress.token_came(time.perf_counter() - self._since)
         self._since = time.perf_counter()
-        piece = self._piece(token)
+        piece = self._piece(token, score)
         self._arrived.put_nowait(piece)
         return token if piece.finish_reason is None else None
 
     def fail(self, error: Exception) -> None:
         self._arrived.put_nowait(error)
 
-    def _piece(self, token: int) -> Piece:
+    def _piece(self, token: int, score: TokenScore | None) -> Piece:
         ended = token in self._end
         certain = "" if ended else self._text.push(token)
         if ended or self._text.stopped or self._progress.completion_tokens == self._most:
             reason = "stop" if ended or self._text.stopped else "length"
-            return Piece(certain + self._text.finish(), token, reason)
-        return Piece(certain, token)
+            return Piece(certain + self._text.finish(), token, reason, score)
+        return Piece(certain, token, None, score)
 
 
-class Scoring:
-    """The scores after each token of a prompt (batches.Request)."""
+class Scoring(Generic[Part]):
+    """What is wanted of the scores after each token of a prompt (batches.Request)."""
 
-    def __init__(self, sequence: RunningSequence, tokens: int) -> None:
+    def __init__(self, sequence: RunningSequence, tokens: int, keep: Callable[[int, torch.Tensor], Part]) -> None:
+        """keep: (place of a chunk's first token, scores [n, vocab] after each of its tokens) -> what stays of them."""
         self.sequence = sequence
         self._missing = tokens
-        self._parts: dict[int, torch.Tensor] = {}
-        self.scores: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+        self._keep = keep
+        self._parts: dict[int, Part] = {}
+        self.parts: asyncio.Future[list[Part]] = asyncio.get_running_loop().create_future()  # in the prompt's order
 
     def account(self, totals: RpcTotals, share: float) -> None:
         pass
 
-    def accept(self, first: int, scores: torch.Tensor) -> None:
-        self._parts[first] = scores
+    def accept(self, first: int, scores: Rows) -> None:
+        self._parts[first] = self._keep(first, _finite(scores))
         self._missing -= len(scores)
-        if not self._missing and not self.scores.done():
-            parts = [self._parts[first] for first in sorted(self._parts)]  # lanes may overtake each other at the end
-            self.scores.set_result(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if not self._missing and not self.parts.done():
+            # lanes may overtake each other at the end
+            self.parts.set_result([self._parts[first] for first in sorted(self._parts)])
 
     def fail(self, error: Exception) -> None:
-        if not self.scores.done():
-            self.scores.set_exception(error)
+        if not self.parts.done():
+            self.parts.set_exception(error)
+
+
+def _finite(scores: Rows) -> torch.Tensor:
+    if not np.isfinite(scores).all():
+        raise ProtocolError("the scores are not finite: the GPU side is broken, or float16 overflowed")
+    return torch.from_numpy(scores)

@@ -2,7 +2,7 @@
 
 A sequence reserves the memory of its longest possible form before it starts (so two half-grown sequences can
 never wait for each other), but blocks are allocated only as it grows. A block is never moved or copied:
-attention runs over each block in place and merges the parts (operators.merge). Blocks double in size up to
+attention runs over each block in place and merges the parts (attention.py). Blocks double in size up to
 MAX_BLOCK_TOKENS, so that a long sequence has few of them; a prompt always lies in one.
 
     block 0: prompt, first of the answer   block 1       block 2
@@ -17,11 +17,12 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from asynctsqp import operators
 from asynctsqp.errors import PromptError
 from asynctsqp.model_spec import ModelSpec
+from tee_side.arrays import Rows
+from tee_side.attention import Run, attend
 
 BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 1024
@@ -33,7 +34,7 @@ class KVMemory:
 
     def __init__(self, spec: ModelSpec, limit_bytes: int) -> None:
         self._spec = spec
-        self._token_bytes = spec.layers * 2 * spec.kv_heads * spec.head_dim * torch.float32.itemsize
+        self._token_bytes = spec.layers * 2 * spec.kv_heads * spec.head_dim * np.float32().itemsize
         self._limit_bytes = limit_bytes
         self._reserved_bytes = 0
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -41,6 +42,11 @@ class KVMemory:
     @property
     def reserved_bytes(self) -> int:
         return self._reserved_bytes
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that there is no room for yet."""
+        return len(self._queue)
 
     @contextlib.asynccontextmanager
     async def sequence(self, prompt_tokens: int, new_tokens: int) -> AsyncIterator[KVCache]:
@@ -67,7 +73,7 @@ class KVMemory:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():  # never admitted
-                self._queue.remove((size, turn))
+                self._queue = deque(entry for entry in self._queue if entry[1] is not turn)
             else:
                 self._reserved_bytes -= size
             self._admit()
@@ -76,8 +82,9 @@ class KVMemory:
     def _admit(self) -> None:
         while self._queue and self._reserved_bytes + self._queue[0][0] <= self._limit_bytes:
             size, turn = self._queue.popleft()
-            self._reserved_bytes += size
-            turn.set_result(None)
+            if not turn.cancelled():  # whoever waited has left, and has had no time to say so
+                self._reserved_bytes += size
+                turn.set_result(None)
 
 
 class _Block:
@@ -85,8 +92,8 @@ class _Block:
 
     def __init__(self, spec: ModelSpec, tokens: int) -> None:
         shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
-        self.keys = torch.empty(shape)
-        self.values = torch.empty(shape)
+        self.keys: Rows = np.empty(shape, np.float32)
+        self.values: Rows = np.empty(shape, np.float32)
         self.tokens = tokens
         self.used = 0
 
@@ -146,47 +153,44 @@ class KVCache:
             if not turn.done():
                 turn.set_result(None)
 
-    def attend(self, layer: int, span: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, span: Span, q: Rows, k: Rows, v: Rows) -> Rows:
         """Stores the span's keys and values, and attends to them and to all before them.
 
-        q: [n, heads, head_dim]; k, v: [n, kv_heads, head_dim] -> context [n, heads * head_dim] float32.
+        q: [queries, heads, head_dim] of the span's last tokens; k, v: [n, kv_heads, head_dim] -> context
+        [queries, heads * head_dim].
         """
         self.store(layer, span, k, v)
-        block, end = self._blocks[span.block], span.start + span.length
-        grouped = q.view(span.length, self._spec.kv_heads, -1, self._spec.head_dim).permute(1, 2, 0, 3)
-        parts = [
-            operators.attend(grouped, past.keys[layer, :, : past.used], past.values[layer, :, : past.used], False)
-            for past in self._blocks[: span.block]
-        ]
-        if span.length == 1:  # a single query sees its whole block: one part instead of two
-            parts.append(operators.attend(grouped, block.keys[layer, :, :end], block.values[layer, :, :end], False))
-        else:
-            if span.start:
-                before = slice(0, span.start)
-                parts.append(
-                    operators.attend(grouped, block.keys[layer, :, before], block.values[layer, :, before], False)
-                )
-            own = slice(span.start, end)
-            parts.append(operators.attend(grouped, block.keys[layer, :, own], block.values[layer, :, own], True))
-        return operators.merge(parts).permute(2, 0, 1, 3).reshape(span.length, -1)
+        *before, own = self._runs(layer, span)
+        return attend(q, before, own)
 
-    def store(self, layer: int, span: Span, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, layer: int, span: Span, k: Rows, v: Rows) -> None:
         """k, v: [n, kv_heads, head_dim] of the span's tokens."""
         block, end = self._blocks[span.block], span.start + span.length
-        block.keys[layer, :, span.start : end] = k.transpose(0, 1)
-        block.values[layer, :, span.start : end] = v.transpose(0, 1)
+        block.keys[layer, :, span.start : end] = k.transpose(1, 0, 2)
+        block.values[layer, :, span.start : end] = v.transpose(1, 0, 2)
         self._stored[layer] = span.position + span.length
-        turn = self._turns.pop((layer, self._stored[layer]), None)
-        if turn is not None and not turn.done():
-            turn.set_result(None)
+        if self._turns:
+            turn = self._turns.pop((layer, self._stored[layer]), None)
+            if turn is not None and not turn.done():
+                turn.set_result(None)
 
-    def past(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    def past(self, layer: int, span: Span) -> Run:
         """Keys and values of all tokens up to the span's last: [kv_heads, tokens, head_dim] each."""
-        used = [block.used for block in self._blocks[: span.block]] + [span.start + span.length]
-        blocks = list(zip(self._blocks, used, strict=False))
-        keys = [block.keys[layer, :, :end] for block, end in blocks]
-        values = [block.values[layer, :, :end] for block, end in blocks]
-        return (keys[0], values[0]) if len(blocks) == 1 else (torch.cat(keys, dim=1), torch.cat(values, dim=1))
+        runs = self._runs(layer, span)
+        if len(runs) == 1:
+            return runs[0]
+        return np.concatenate([keys for keys, _ in runs], axis=1), np.concatenate(
+            [values for _, values in runs], axis=1
+        )
+
+    def _runs(self, layer: int, span: Span) -> list[Run]:
+        """The same, block by block: views."""
+        past = self._blocks[: span.block]
+        own, end = self._blocks[span.block], span.start + span.length
+        return [
+            *((block.keys[layer, :, : block.used], block.values[layer, :, : block.used]) for block in past),
+            (own.keys[layer, :, :end], own.values[layer, :, :end]),
+        ]
 
 
 def _round_up(tokens: int) -> int:

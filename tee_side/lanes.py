@@ -10,12 +10,38 @@ from __future__ import annotations
 import asyncio
 
 
+class Lane:
+    """Some slots, for one micro-batch after another."""
+
+    def __init__(self, index: int, slots: int) -> None:
+        self.index = index
+        self._slots = slots
+        self._free = [Slot(slot, self) for slot in reversed(range(slots))]
+        self._permits = asyncio.Semaphore(slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call is on its way, not even one that nobody waits for."""
+        return len(self._free) == self._slots
+
+    async def slot(self) -> Slot:
+        """A free one, to be released; who waits here must hold none, or all could wait for each other."""
+        await self._permits.acquire()
+        slot = self._free.pop()
+        slot.hold()
+        return slot
+
+    def put_back(self, slot: Slot) -> None:
+        self._free.append(slot)
+        self._permits.release()
+
+
 class Slot:
     """One request area and its reply area, or, off shared memory, the right to one call in flight."""
 
-    def __init__(self, index: int, free: asyncio.Queue[Slot]) -> None:
+    def __init__(self, index: int, lane: Lane) -> None:
         self.index = index
-        self._free = free
+        self._lane = lane
         self._lent = False  # to the GPU side
         self._held = False  # by a call of ours
 
@@ -29,39 +55,11 @@ class Slot:
     def settle(self) -> None:
         """The call is answered, or its connection is gone."""
         self._lent = False
-        self._return_if_free()
+        if not self._held:
+            self._lane.put_back(self)
 
     def release(self) -> None:
         """We are done with it."""
         self._held = False
-        self._return_if_free()
-
-    def _return_if_free(self) -> None:
-        if not self._lent and not self._held:
-            self._free.put_nowait(self)
-
-
-class Lane:
-    """Some slots, for one micro-batch after another."""
-
-    def __init__(self, index: int, slots: int) -> None:
-        self.index = index
-        self._slots = slots
-        self._free: asyncio.Queue[Slot] = asyncio.Queue()
-        for slot in range(slots):
-            self._free.put_nowait(Slot(slot, self._free))
-
-    @property
-    def has_free_slot(self) -> bool:
-        return not self._free.empty()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no call is on its way, not even one that nobody waits for."""
-        return self._free.qsize() == self._slots
-
-    async def slot(self) -> Slot:
-        """The next free one; who waits here must hold none, or all could wait for each other."""
-        slot = await self._free.get()
-        slot.hold()
-        return slot
+        if not self._lent:
+            self._lane.put_back(self)

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from asynctsqp import doorbell
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.compression import Compression
 from asynctsqp.config import EngineOptions
-from asynctsqp.errors import BadInputError, GpuSideError, GpuSideLost, HandshakeRefused, ProtocolError, one_line
+from asynctsqp.errors import (
+    BadInputError,
+    GpuSideError,
+    GpuSideLost,
+    HandshakeRefused,
+    ProtocolError,
+    one_line,
+)
 from asynctsqp.layouts import Layouts
 from asynctsqp.limits import MAX_FRAME_BYTES, SLOT_ALIGNMENT
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
-from asynctsqp.rpc import Connection
+from asynctsqp.rpc import Connection, Target
 from asynctsqp.shm import Region
 from tee_side.carriers import Carrier, MessageCarrier, SharedMemoryCarrier
+from tee_side.plans import Plans
 from tee_side.room import Room
+from tee_side.seals import Sealer
 
 RETRY_S = 0.2
 
 Endpoint = Callable[[], Awaitable[str]]
+Made = TypeVar("Made")
+
+
+async def connect_within(limit_s: float, connect: Callable[[], Awaitable[Made]]) -> Made:
+    """What `connect` makes, tried again where that can help until the time is over."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + limit_s
+    while True:
+        try:
+            return await connect()
+        except GpuSideError as error:
+            if not error.retryable or loop.time() >= give_up:
+                raise
+            await asyncio.sleep(RETRY_S)
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,7 @@ class Session:
     connection: Connection
     carrier: Carrier
     layouts: Layouts
+    plans: Plans
     device: str  # of the GPU side, as it says
 
     def close(self) -> None:
@@ -43,6 +69,7 @@ class Link:
 
     def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, room: Room) -> None:
         self._endpoint = endpoint
+        self.fingerprint = hello.fingerprint  # of the model
         self._hello = hello
         self._options = options
         self._layouts = layouts
@@ -59,49 +86,63 @@ class Link:
         options: EngineOptions,
         layouts: Layouts,
         room: Room,
+        sealer: Sealer,
     ) -> Link:
         """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves).
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
-        hello = Hello(0, PROTOCOL_VERSION, checkpoint.fingerprint(), options.dtype, options.partition, options.compress)
+        hello = Hello(
+            0,
+            PROTOCOL_VERSION,
+            checkpoint.fingerprint(),
+            options.dtype,
+            options.partition,
+            options.compress,
+            sealer.weight_bits,
+            sealer.weights,
+        )
         link = cls(endpoint, hello, options, layouts, room)
-        link.session = await link._connect_within(options.reconnect_s)
+        link.session = await connect_within(options.reconnect_s, link._connect)
         return link
 
     async def recover(self, failed: Session, loss: GpuSideLost) -> None:
         """Replaces a failed session; the first caller does it, the others wait. Raises `loss` if it cannot."""
+        if self.session is failed and not self._options.reconnect_s:
+            raise loss  # `keep` may have the lock, and try for longer than anyone should wait
         async with self._recovery:
             if self.session is not failed:
                 return
-            if not self._options.reconnect_s:
-                raise loss
             failed.close()
-            self.session = await self._connect_within(self._options.reconnect_s)
+            self.session = await connect_within(self._options.reconnect_s, self._connect)
+
+    async def keep(self) -> None:
+        """Makes a lost connection again whether or not a call waits for it, for as long as it takes. Never returns."""
+        while True:
+            session = self.session
+            await session.connection.ended()
+            async with self._recovery:
+                if self.session is session:
+                    session.close()
+                    with contextlib.suppress(
+                        Exception
+                    ):  # whatever it was, other weights or too many files: it may pass
+                        self.session = await self._connect()
+            if self.session is session:
+                await asyncio.sleep(RETRY_S)
 
     def close(self) -> None:
         self.session.close()
 
-    async def _connect_within(self, limit_s: float) -> Session:
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + limit_s
-        while True:
-            try:
-                return await self._connect()
-            except GpuSideError as error:
-                if not error.retryable or loop.time() >= give_up:
-                    raise
-                await asyncio.sleep(RETRY_S)
-
     async def _connect(self) -> Session:
-        connection = await Connection.open(await self._endpoint(), MAX_FRAME_BYTES)
+        connection = await Connection.open(Target.gpu_side(await self._endpoint()), MAX_FRAME_BYTES)
         try:
             device = await self._greet(connection)
             carrier = await self._carrier(connection)
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, self._layouts, device)
+        return Session(connection, carrier, self._layouts, Plans(self._layouts, carrier.slot_bytes), device)
 
     async def _greet(self, connection: Connection) -> str:
         answer = await connection.request(0, self._hello)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from asynctsqp.errors import BadInputError, EngineClosed, GpuSideUnreachable
@@ -18,9 +19,10 @@ PREFIX = "asynctsqp.gpu: error: "
 class LocalGpuSide:
     """`python -m asynctsqp.gpu --local`. All methods block: call them from a thread."""
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
+    def __init__(self, model: str, weights: Sequence[str], threads: int) -> None:
+        """weights: the flags that say which it makes as it starts."""
         self._command = [sys.executable, "-m", "asynctsqp.gpu", "--local", "--model", model]
-        self._command += ["--dtype", dtype, "--threads", str(threads)]
+        self._command += ["--threads", str(threads), *weights]
         self._process: subprocess.Popen[str] | None = None
         self._endpoint = ""
         self._last_words = ""

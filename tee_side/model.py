@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from transformers import LlamaConfig
 
 from asynctsqp.errors import EngineClosed
 from asynctsqp.model_spec import ModelSpec, Op
+from tee_side.arrays import Rows, Tokens
 from tee_side.enclave import Enclave, RunningSequence
 from tee_side.kv_cache import KVCache
 from tee_side.partitions import Gpu, Partition
@@ -32,23 +33,24 @@ class Model:
     def sequence(self, cache: KVCache, prompt_tokens: int) -> RunningSequence:
         return RunningSequence(cache, self._ropes.for_sequence(prompt_tokens))
 
-    def begin(self, parts: Sequence[tuple[RunningSequence, int]], lane: int) -> Enclave:
-        """A pass over the next tokens of some sequences. To be called in the order in which the tokens follow."""
-        tee = Enclave(self._spec, self._weights, parts)
+    def begin(self, parts: Sequence[tuple[RunningSequence, int]], wanted: Tokens, lane: int) -> Enclave:
+        """A pass over the next tokens of some sequences. To be called in the order in which the tokens follow.
+
+        wanted: indices of those after which the scores are wanted.
+        """
+        tee = Enclave(self._spec, self._weights, parts, wanted)
         if self._recorder is not None:
             self._recorder.watch(tee, lane)
         return tee
 
-    async def forward(self, tee: Enclave, gpu: Gpu, tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """tokens: [n] int64, as `begin` was told; wanted: indices of those after which the scores are wanted.
-
-        -> [wanted, vocab] float32. No index costs no call for scores.
-        """
+    async def forward(self, tee: Enclave, gpu: Gpu, tokens: Tokens) -> Rows:
+        """tokens: as `begin` was told -> scores, [wanted, vocab]. Where none are wanted there is no call for them."""
         try:
-            x = await self._partition(tee, gpu, tokens)
-            if not len(wanted):
-                return x.new_empty(0, self._spec.vocab_size)
-            return await gpu.linear(Op.LM_HEAD, 0, tee.final_norm(x[wanted]))
+            with np.errstate(all="ignore"):  # an overflow shows in the scores, which are checked
+                x = await self._partition(tee, gpu, tokens)
+                if not len(x):
+                    return np.empty((0, self._spec.vocab_size), np.float32)
+                return await gpu.linear(Op.LM_HEAD, 0, tee.final_norm(x))
         except BaseException as failure:
             tee.fail(failure if isinstance(failure, Exception) else EngineClosed("the pass was cancelled"))
             raise

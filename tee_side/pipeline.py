@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
-from asynctsqp.errors import CheckpointError, PromptError, one_line
+from asynctsqp.errors import AsynctsqpError, CheckpointError, ContextLengthError, IntegrityError, one_line
+from asynctsqp.filling import Report, silent
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.model_spec import Op
 from asynctsqp.reports.clock import ClockOffset
-from asynctsqp.tensor_codec import WIRE_DTYPES
+from asynctsqp.tensor_codec import wire_dtype
 from tee_side.batches import Batches, Request
 from tee_side.generation import Generation, Scoring
 from tee_side.kv_cache import KVCache, KVMemory
 from tee_side.lanes import Lane
 from tee_side.link import Endpoint, Link
+from tee_side.meter import Meter
 from tee_side.model import Model
 from tee_side.partitions import PARTITIONS
 from tee_side.recorder import Recorder
@@ -32,20 +36,34 @@ from tee_side.room import Room, check_keys, policy
 from tee_side.rope import Ropes
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.scheduler import Scheduler
+from tee_side.scores import Scorer, TokenScore
+from tee_side.seals import Sealer
+from tee_side.shield import sealer_for
 from tee_side.tokenizer import Prompt, TextStream, Tokenizer
 from tee_side.weights import Weights
+
+Part = TypeVar("Part")
 
 
 class Pipeline:
     """Everything that one engine holds. Make it with `open`, end it with `close`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, options: EngineOptions, link: Link, room: Room, recorder: Recorder | None
+        self,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        link: Link,
+        room: Room,
+        sealer: Sealer,
+        recorder: Recorder | None,
     ) -> None:
         spec = checkpoint.spec
         self.spec = spec
+        self.fingerprint = link.fingerprint
+        self.meter = Meter()
         self._options = options
         self._link = link
+        self._sealer = sealer
         self._recorder = recorder
         config, self._defaults = _read_configs(checkpoint.directory)
         self._tokenizer = Tokenizer(checkpoint.directory, spec.vocab_size)
@@ -55,48 +73,81 @@ class Pipeline:
         self._model = Model(spec, config, weights, PARTITIONS[options.partition], recorder)
         scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]
-        self._batches = Batches(scheduler, self._model, link, lanes, None if recorder is None else recorder.note)
+        note = None if recorder is None else recorder.note
+        self._batches = Batches(scheduler, self._model, link, sealer, lanes, note, self.meter)
         self.load_s = 0.0
 
     @classmethod
-    async def open(cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint) -> Pipeline:
+    async def open(
+        cls, checkpoint: Checkpoint, options: EngineOptions, endpoint: Endpoint, threads: int, report: Report = silent
+    ) -> Pipeline:
+        """threads: for masks; this thread has its own number. report: told how far the weights are read."""
         start = time.perf_counter()
-        layouts = Layouts(checkpoint.spec, WIRE_DTYPES[options.dtype])
-        room = Room.of(checkpoint.spec, layouts, options)
         recorder = Recorder.wanted_by(options)
-        link = await Link.open(endpoint, checkpoint, options, layouts, room)
-        try:
-            pipeline = cls(checkpoint, options, link, room, recorder)
-        except BaseException:
-            link.close()
-            raise
+        async with contextlib.AsyncExitStack() as opened:
+            early = asyncio.create_task(_found(endpoint))  # a local GPU side starts while we read the weights
+            opened.callback(early.cancel)
+            sealer = await sealer_for(checkpoint, options, threads, report)
+            opened.push_async_callback(sealer.close)
+            layouts = Layouts(checkpoint.spec, wire_dtype(options.dtype, sealer.weight_bits))
+            room = Room.of(checkpoint.spec, layouts, options)
+            link = await Link.open(endpoint, checkpoint, options, layouts, room, sealer)
+            opened.callback(link.close)
+            pipeline = cls(checkpoint, options, link, room, sealer, recorder)
+            opened.pop_all()
         pipeline.load_s = time.perf_counter() - start
         return pipeline
 
-    def close(self) -> ClockOffset | None:
+    async def close(self) -> ClockOffset | None:
         """Also writes what was recorded; with a trace, tells how well it knows the GPU side's clock."""
         self._batches.close()
         self._link.close()
+        await self._sealer.close()
         return None if self._recorder is None else self._recorder.close()
 
+    @property
+    def waiting(self) -> int:
+        """Requests for whose keys and values there is no room yet."""
+        return self._memory.waiting
+
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        """What any request would fail with now, as far as it is known without asking; None: it would run."""
+        if self.meter.wrong_answers:
+            return IntegrityError("the GPU side has given a wrong answer: nothing more is asked of it")
+        return self._link.session.connection.lost
+
+    async def keep_connected(self) -> None:
+        await self._link.keep()
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """In a helper thread: a megabyte of text takes seconds, in which the others' calls go on."""
+        return await asyncio.to_thread(self._tokenizer.encode, prompt)
+
+    async def prepare_masks(self, tokens: int, report: Report) -> int:
+        return await self._sealer.prepare(tokens, report)
+
     async def generate(
-        self, prompt: Prompt, sampling: SamplingOptions, progress: Progress
+        self, prompt: Prompt, sampling: SamplingOptions, progress: Progress, logprobs: int | None
     ) -> AsyncGenerator[Piece, None]:
-        """Raises PromptError before the first piece for a prompt that cannot be run."""
+        """Raises BadInputError before the first piece for what cannot be run."""
         started_at = time.perf_counter()
-        tokens = self._tokenizer.encode(prompt)
+        tokens = await self.tokenize(prompt)
         room = self.spec.max_positions - len(tokens)
         if room < 1:
-            raise PromptError(f"the prompt has {len(tokens)} tokens, the model's context is {self.spec.max_positions}")
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens, the model's context is {self.spec.max_positions}"
+            )
         most = min(sampling.max_new_tokens, room)
         progress.prompt_tokens = len(tokens)
         progress.timing.load_s = self.load_s
         sampler = Sampler(sampling, self._defaults, self._end)
+        scorer = None if logprobs is None else Scorer(self._tokenizer.bytes_of, logprobs)
         text = TextStream(self._tokenizer, tokens, sampling.stop)
         self._watch(sampler, text)
         async with self._room_for(len(tokens), most) as cache:
             request = Generation(
-                self._model.sequence(cache, len(tokens)), sampler, text, tokens, most, self._end, progress
+                self._model.sequence(cache, len(tokens)), sampler, text, tokens, most, self._end, progress, scorer
             )
             self._batches.submit(request, tokens, every=False)
             try:
@@ -110,14 +161,29 @@ class Pipeline:
 
     async def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """The scores after each token: [tokens, vocab] float32."""
-        ids = self._tokenizer.encode(tokens)
-        if len(ids) > self.spec.max_positions:
-            raise PromptError(f"{len(ids)} tokens, the model's context is {self.spec.max_positions}")
-        async with self._room_for(len(ids), 0) as cache:
-            request = Scoring(self._model.sequence(cache, len(ids)), len(ids))
-            self._batches.submit(request, ids, every=True)
+        parts = await self._score(await self.tokenize(tokens), lambda first, rows: rows)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    async def score(self, prompt: Prompt, top: int) -> list[TokenScore]:
+        """Of a chunk's scores only the log-probabilities stay. What follows the last token is nobody's question."""
+        scorer = Scorer(self._tokenizer.bytes_of, top)
+        tokens = await self.tokenize(prompt)
+
+        def keep(first: int, rows: torch.Tensor) -> list[TokenScore]:
+            return scorer.score(rows, tokens[first + 1 : first + 1 + len(rows)])
+
+        parts = await self._score(tokens[:-1], keep) if len(tokens) > 1 else []
+        return [scorer.first(tokens[0]), *itertools.chain.from_iterable(parts)]
+
+    async def _score(self, tokens: Sequence[int], keep: Callable[[int, torch.Tensor], Part]) -> list[Part]:
+        """What `keep` makes of each chunk's scores (generation.Scoring), in the order of the tokens."""
+        if len(tokens) > self.spec.max_positions:
+            raise ContextLengthError(f"{len(tokens)} tokens, the model's context is {self.spec.max_positions}")
+        async with self._room_for(len(tokens), 0) as cache:
+            request = Scoring(self._model.sequence(cache, len(tokens)), len(tokens), keep)
+            self._batches.submit(request, tokens, every=True)
             try:
-                return await request.scores
+                return await request.parts
             finally:
                 self._batches.leave(request)
 
@@ -126,11 +192,20 @@ class Pipeline:
             for target in (sampler, text):
                 self._recorder.watch(target, lane=0)
 
-    def _room_for(self, prompt_tokens: int, new_tokens: int) -> AbstractAsyncContextManager[KVCache]:
+    @contextlib.asynccontextmanager
+    async def _room_for(self, prompt_tokens: int, new_tokens: int) -> AsyncIterator[KVCache]:
         """Raises PromptError if they can never be run."""
         session = self._link.session
         check_keys(session.layouts, self._options.partition, session.carrier.slot_bytes, prompt_tokens + new_tokens)
-        return self._memory.sequence(prompt_tokens, new_tokens)
+        async with self._memory.sequence(prompt_tokens, new_tokens) as cache:
+            with self._sealer.working(), self.meter.request():
+                yield cache
+
+
+async def _found(endpoint: Endpoint) -> None:
+    """Where it is not, whoever connects says why."""
+    with contextlib.suppress(AsynctsqpError):
+        await endpoint()
 
 
 def _read_configs(directory: Path) -> tuple[LlamaConfig, GenerationConfig]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asynctsqp.reports.stats import Stats
+from tee_side.scores import TokenScore
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Piece:
     text: str
     token_id: int
     finish_reason: str | None = None  # "stop" or "length", on the last piece
+    logprobs: TokenScore | None = None  # of the token, if it was asked for
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Completion:
     timing: Timing
     rpc: RpcTotals
     stats: Stats | None
+    logprobs: list[TokenScore] | None  # of each token, if they were asked for
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], progress: Progress) -> Completion:
@@ -90,4 +93,5 @@ class Completion:
             timing=progress.timing,
             rpc=progress.rpc,
             stats=progress.stats,
+            logprobs=[piece.logprobs for piece in pieces if piece.logprobs is not None] or None,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.layouts import OPERATIONS, Layouts
-from asynctsqp.limits import SLOT_ALIGNMENT, SLOTS
+from asynctsqp.limits import DECODE_ROWS, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.model_spec import ModelSpec, Op
 from tee_side.scheduler import Policy
 
@@ -40,13 +40,14 @@ class Room:
 def policy(options: EngineOptions, room: Room, device: str) -> Policy:
     """How tokens are put together. device: of the GPU side.
 
-    Where the products run on the CPU, two batches of decodes would read all weights twice; on a GPU, one is computed
-    there while the other is here.
+    Where the products run on the CPU, two batches of decodes would read all weights twice, and one of more than
+    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here.
     """
     alone = Op.QK in OPERATIONS[options.partition]
+    together = DECODE_ROWS if device == "cpu" else MOST_PORTIONS
     return Policy(
         chunk_tokens=options.chunk_tokens or DEFAULT_CHUNK_TOKENS,
-        most_portions=1 if alone else MOST_PORTIONS,
+        most_portions=1 if alone else together,
         decode_lanes=1 if device == "cpu" else room.lanes,
     )
 

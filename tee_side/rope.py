@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [tokens, 1, head_dim] float32
+from tee_side.arrays import Rows
+
+# cos and sin, each [tokens, 1, head_dim]: x rotated is x * cos + (x with its halves swapped) * sin
+Angles = tuple[Rows, Rows]
 
 
 class Rope(Protocol):
@@ -66,5 +70,7 @@ class Ropes:
 def _compute(embedding: LlamaRotaryEmbedding, position: int, length: int) -> Angles:
     positions = torch.arange(position, position + length).unsqueeze(0)
     like = torch.empty(0)  # tells transformers which device and dtype we want
-    cos, sin = embedding(like, positions)
-    return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    cos, sin = (table[0].unsqueeze(1).numpy() for table in embedding(like, positions))
+    sin = sin.copy()
+    np.negative(sin[..., : sin.shape[-1] // 2], out=sin[..., : sin.shape[-1] // 2])
+    return cos, sin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -45,9 +45,8 @@ class Sampler:
         if temperature is None:
             temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
         self._greedy = temperature == 0
+        self._never = torch.tensor(sorted(end) if options.ignore_eos else [], dtype=torch.int64)
         self._processors = LogitsProcessorList()
-        if options.ignore_eos and end:
-            self._processors.append(SuppressTokensLogitsProcessor(sorted(end)))
         if defaults.repetition_penalty not in (None, 1.0):
             self._processors.append(RepetitionPenaltyLogitsProcessor(defaults.repetition_penalty))
         if not self._greedy:
@@ -70,6 +69,8 @@ class Sampler:
     def choose(self, scores: torch.Tensor, tokens: Sequence[int]) -> int:
         """scores: [vocab] float32 after `tokens` (prompt included) -> the next token."""
         row = scores.unsqueeze(0)
+        if len(self._never):
+            row = row.index_fill(1, self._never, -math.inf)
         if self._processors:
             row = self._processors(torch.tensor([tokens]), row.clone())  # type: ignore[arg-type]
         if self._greedy:

@@ -1,8 +1,9 @@
 """Which tokens go through the layers together, and when: pure bookkeeping, no I/O, no clock.
 
 Requests come in with their prompts, and later with each token that was sampled for them. Whenever a lane is free it
-asks for a micro-batch: the next token of every request that waits for one, and a chunk of one prompt. So a request
-that decodes never waits for more than one chunk of somebody else's prompt, and prompts take turns chunk by chunk.
+asks for a micro-batch: the next token of every request that waits for one, and a chunk's worth of prompts: several
+short ones, or a piece of a long one. So a request that decodes never waits for more than one chunk of other people's
+prompts, and prompts take turns chunk by chunk.
 
     PROMPT --its chunks go out, several may be in flight--> SENT --the scores--> READY --its token goes out--> SENT
 
@@ -44,7 +45,7 @@ class Portion(Generic[Name]):
 class Policy:
     """How large micro-batches are."""
 
-    chunk_tokens: int  # of a prompt in one batch
+    chunk_tokens: int  # of prompts in one batch
     most_portions: int  # requests in one batch
     decode_lanes: int  # batches with decodes in flight at once
 
@@ -56,6 +57,10 @@ class _Prompt:
     tokens: Sequence[int]
     every: bool  # all scores are wanted
     sent: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.sent
 
 
 class Scheduler(Generic[Name]):
@@ -94,8 +99,7 @@ class Scheduler(Generic[Name]):
         batch = self._decodes()
         if batch:
             self._decoding += 1
-        if self._prompts and len(batch) < self._policy.most_portions:
-            batch.append(self._chunk())
+        batch += self._chunks(self._policy.most_portions - len(batch))
         self._chunk_was_last = bool(batch) and not batch[-1].decode
         return batch
 
@@ -115,10 +119,20 @@ class Scheduler(Generic[Name]):
         chosen = [self._ready.popleft() for _ in range(min(share, most))]
         return [Portion(request, 0, [token], Wanted.LAST, decode=True) for request, token in chosen]
 
-    def _chunk(self) -> Portion[Name]:
+    def _chunks(self, most: int) -> list[Portion[Name]]:
+        """A piece of the prompt whose turn it is, and whole ones after it while there is room."""
+        chunks: list[Portion[Name]] = []
+        room = self._policy.chunk_tokens
+        while self._prompts and len(chunks) < most and (not chunks or self._prompts[0][1].left <= room):
+            chunks.append(self._chunk(room))
+            room -= len(chunks[-1].tokens)
+        return chunks
+
+    def _chunk(self, most: int) -> Portion[Name]:
+        """At most so many tokens of the prompt whose turn it is."""
         request, prompt = self._prompts.popleft()
         first = prompt.sent
-        tokens = prompt.tokens[first : first + self._policy.chunk_tokens]
+        tokens = prompt.tokens[first : first + most]
         prompt.sent += len(tokens)
         last = prompt.sent == len(prompt.tokens)
         if not last:

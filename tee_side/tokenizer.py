@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from asynctsqp.errors import BadInputError, CheckpointError, PromptError, one_line
+from tee_side.token_bytes import TokenBytes
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -22,10 +23,14 @@ class Tokenizer:
         """Raises CheckpointError if there is none, or it cannot be read."""
         transformers.logging.set_verbosity_error()
         try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory,
+                trust_remote_code=False,  # it would ask whoever is at standard input whether to run it
+            )
         except Exception as error:  # whatever its many formats raise
             raise CheckpointError(f"{directory} has no tokenizer that can be read: {one_line(error)}") from None
         self._vocab_size = vocab_size
+        self.bytes_of = TokenBytes(self._tokenizer).of
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text gets the tokenizer's special tokens, chat messages the chat template, token ids nothing.

@@ -9,16 +9,17 @@ import torch.nn.functional as F
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.memory import free_host_bytes, refuse_if_too_large
+from tee_side.arrays import Rows, Tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Norms:
-    """One layer's RMSNorm weights: [hidden] float32 each."""
+    """One layer's RMSNorm weights: [hidden] each."""
 
-    attention: torch.Tensor
-    mlp: torch.Tensor
+    attention: Rows
+    mlp: Rows
 
 
 class Weights:
@@ -29,18 +30,22 @@ class Weights:
         if embedding:
             _check_embedding(checkpoint)
         self._embedding = checkpoint.read(EMBEDDING) if embedding else torch.empty(0)
-        self.final_norm = checkpoint.read("model.norm.weight").float()
+        self.final_norm = _norm(checkpoint, "model.norm.weight")
         self.layers = tuple(
             Norms(
-                checkpoint.read(f"model.layers.{layer}.input_layernorm.weight").float(),
-                checkpoint.read(f"model.layers.{layer}.post_attention_layernorm.weight").float(),
+                _norm(checkpoint, f"model.layers.{layer}.input_layernorm.weight"),
+                _norm(checkpoint, f"model.layers.{layer}.post_attention_layernorm.weight"),
             )
             for layer in range(checkpoint.spec.layers)
         )
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [n] int64 -> [n, hidden] float32."""
-        return F.embedding(tokens, self._embedding).float()
+    def embed(self, tokens: Tokens) -> Rows:
+        """-> [n, hidden]."""
+        return F.embedding(torch.from_numpy(tokens), self._embedding).float().numpy()
+
+
+def _norm(checkpoint: Checkpoint, name: str) -> Rows:
+    return checkpoint.read(name).float().numpy()
 
 
 def _check_embedding(checkpoint: Checkpoint) -> None:

@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from asynctsqp import Engine
 from tests import models
 from tests.clients import GoodTee
+from tests.mask_peers import Introduced
+from tests.meddling_gpu import MeddlingGpu, meddling_gpu
 from tests.peers import raw_tee
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +63,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Ca
 class GpuProcess:
     """A real `python -m asynctsqp.gpu`."""
 
+    module = "asynctsqp.gpu"
+
     def __init__(self, model: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "asynctsqp.gpu", "--model", str(model), "--threads", "1", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+        command = [sys.executable, "-m", self.module, "--model", str(model), "--threads", "1", *flags]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, text=True)
         assert self.process.stdout is not None
         word, _, self.endpoint = self.process.stdout.readline().strip().partition(" ")
         assert word == "listening", f"the GPU side said {word!r}"
@@ -79,8 +84,52 @@ class GpuProcess:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(10)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class MaskPeerProcess(Introduced, GpuProcess):
+    """A real `python -m asynctsqp.gpu --mask-peer-secret FILE`; the file is made if there is none."""
+
+    def __init__(self, model: Path, secret: Path, *flags: str) -> None:
+        super().__init__(model, "--mask-peer-secret", str(secret), *flags)
+        assert self.process.stdout is not None
+        word, _, self.key = self.process.stdout.readline().strip().partition(" ")
+        assert word == "mask-peer-key", f"the mask peer said {word!r}"
+
+
+@pytest.fixture
+def start_mask_peer(tmp_path: Path) -> Iterator[Callable[..., MaskPeerProcess]]:
+    """start_mask_peer(model, *flags) -> MaskPeerProcess with one and the same key all through a test."""
+    started: list[MaskPeerProcess] = []
+
+    def start(model: Path, *flags: str) -> MaskPeerProcess:
+        where = () if "--bind" in flags else ("--bind", "tcp://127.0.0.1:0")
+        started.append(MaskPeerProcess(model, tmp_path / "mask-peer.key", *where, *flags))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_mask_peer(
+    private_tmp: Path, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MaskPeerProcess]:
+    """A mask peer with the tiny model `gqa`, shared by all tests: none may end it."""
+    secret = tmp_path_factory.mktemp("mask-peer") / "key"
+    process = MaskPeerProcess(tiny_model("gqa"), secret, "--bind", "tcp://127.0.0.1:0")
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def meddling(tiny_model: Callable[[str], Path], private_tmp: Path) -> Iterator[MeddlingGpu]:
+    """A GPU side of the tiny model that shows what it gets, and may lie."""
+    with meddling_gpu(tiny_model("gqa")) as gpu:
+        yield gpu
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from asynctsqp.errors import CheckpointError
+from tee_side.tokenizer import Tokenizer
 from tests.processes import assert_one_error, run_gpu, run_tee
 
 
@@ -166,3 +169,20 @@ def test_a_name_that_is_no_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp
 def test_no_chat_template(model: Path) -> None:
     (model / "chat_template.jinja").unlink()
     assert_one_error(run_tee("--model", str(model), "--chat", "--prompt", "Hello"), 2, "chat template")
+
+
+def test_code_beside_a_tokenizer_is_never_run(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at the terminal whether to run it: here somebody says yes to everything."""
+    model = shutil.copytree(demo_model, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"
+    (model / "theirs.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with contextlib.suppress(CheckpointError):
+        Tokenizer(model, 1 << 20)
+    assert not ran.exists()

@@ -58,6 +58,20 @@ def test_chunks_in_flight_change_no_token(
     assert scores.shape == (len(prompt), 49152)
 
 
+def test_lanes_change_no_bit(connect: Connect) -> None:
+    """The same chunks, on however many lanes: the scores are equal, not only near, and so are the tokens."""
+    prompt, chunk = [1, *range(100, 400)], 32
+
+    async def run(lanes: int) -> tuple[list[int], torch.Tensor]:
+        async with connect(lanes=lanes, chunk_tokens=chunk) as engine:
+            return await ask(engine, prompt), await engine.logits(prompt)
+
+    (tokens, scores), *others = [asyncio.run(run(lanes)) for lanes in (1, 2, 4)]
+    for other_tokens, other_scores in others:
+        assert other_tokens == tokens
+        assert torch.equal(other_scores, scores)
+
+
 def test_who_leaves_takes_nobody_along_and_leaves_its_memory(
     connect: Connect, tiny_model: Callable[[str], Path]
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import caches, ladder
 from benchmarks.rungs import RUNGS
+from tests.benchmark_refusals import assert_refused
 
 LAYERS = 3
 CALLS = {
@@ -131,7 +132,4 @@ def test_bad_arguments_are_one_line(
     tiny_model: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert program.main(["--model", str(tiny_model("gqa")), *options]) == 2
-    printed = capsys.readouterr().err
-    assert len(printed.splitlines()) == 1
-    assert words in printed
+    assert_refused(program, tiny_model("gqa"), options, words, capsys)

@@ -16,6 +16,7 @@ import uvloop
 
 import asynctsqp
 from asynctsqp import Engine
+from tee_side.tokenizer import Prompt, Tokenizer
 
 PROMPT = [1, *range(100, 140)]
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -236,3 +237,25 @@ def test_any_number_of_loops_in_a_row_and_engines_in_a_loop(connect: Connect) ->
     threads_before = threading.active_count()
     assert asyncio.run(run()) == uvloop.run(run())
     assert threading.active_count() <= threads_before + 1, "pyzmq's collector may have started"
+
+
+def test_a_long_text_keeps_nobody_else_waiting(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte takes a tokenizer seconds: here, until the other's answer is complete."""
+    answered, encode = threading.Event(), Tokenizer.encode
+
+    def slow(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+        if prompt == "long":
+            assert answered.wait(20), "the other's answer waited for this text"
+        return encode(tokenizer, prompt)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+
+    async def test() -> None:
+        async with connect() as engine:
+            long = asyncio.create_task(engine.tokenize("long"))
+            await asyncio.sleep(0.05)
+            assert len((await engine.complete([1, 2, 3], max_new_tokens=3, ignore_eos=True)).token_ids) == 3
+            answered.set()
+            assert await long
+
+    asyncio.run(test())

@@ -8,11 +8,24 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import asynctsqp
+from asynctsqp.errors import GpuSideLost
+from asynctsqp.layouts import Layouts
+from asynctsqp.messages import Call, Done
+from asynctsqp.model_spec import ModelSpec, Op
+from tee_side.lanes import Lane
+from tee_side.meter import Meter
+from tee_side.offload import Offload
+from tee_side.plans import Plans
+from tee_side.request import RpcTotals
+from tee_side.seals import Clear
 from tests.conftest import GpuProcess
 from tests.processes import (
     assert_one_error,
@@ -204,3 +217,56 @@ def test_a_lost_gpu_side_fails_every_answer_and_the_next_one(
                 await asyncio.wait_for(engine.complete(PROMPT, max_new_tokens=1), 2)
 
     asyncio.run(run())
+
+
+class LostRightAfterTheAnswer:
+    """A session (link.Session) whose memory another lane has given back by the time the caller looks at its answer."""
+
+    device = "cpu"
+
+    def __init__(self, plans: Plans, breaks: bool) -> None:
+        self.plans = plans
+        self.connection = self.carrier = self
+        self._breaks = breaks
+        self._lost = False
+
+    def check(self) -> None:
+        if self._lost:
+            raise GpuSideLost("lost")
+
+    def next_call_id(self) -> int:
+        return 1
+
+    def put(self, call: Call, layout: Any, inputs: Any) -> tuple[Call, tuple[()]]:
+        return call, ()
+
+    def call(self, call_id: int, message: Call, frames: Any, settled: Callable[[], None]) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        settled()
+        future.set_result((Done(call_id, 0.0, 0.0), None, 0.0))
+        self._lost = self._breaks
+        return future
+
+    def take(self, call: Call, layout: Any, answer: Done, frame: None, outputs: tuple[np.ndarray]) -> None:
+        if self._lost:
+            raise ValueError("buffer is smaller than requested size")
+        outputs[0][:] = 7
+
+
+def test_an_answer_whose_memory_is_gone_is_asked_for_again(tiny_model: Callable[[str], Path]) -> None:
+    """Not an error of its own: the answer came, and in the same moment another lane began a new connection."""
+    plans = Plans(Layouts(ModelSpec.read(tiny_model("gqa") / "config.json"), torch.float32), 1 << 20)
+    sessions = [LostRightAfterTheAnswer(plans, breaks) for breaks in (True, False)]
+    link: Any = SimpleNamespace(session=sessions[0])
+
+    async def recover(failed: Any, loss: GpuSideLost) -> None:
+        assert failed is sessions[0]
+        link.session = sessions[1]
+
+    link.recover = recover
+
+    async def work() -> np.ndarray:
+        offload = Offload(link, Lane(0, 2), Clear(), RpcTotals(), None, Meter())
+        return await offload.linear(Op.O, 0, np.ones((1, 64), np.float32))
+
+    assert (asyncio.run(work()) == 7).all()

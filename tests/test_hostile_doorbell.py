@@ -46,7 +46,7 @@ def message(*contents: bytes) -> Damage:
 
 def entry_length(length: int) -> Damage:
     def damage(ring: memoryview) -> None:
-        ring[128:130] = length.to_bytes(2, "little")
+        ring[128:136] = length.to_bytes(8, "little")
         head(1)(ring)
 
     return damage
@@ -56,7 +56,7 @@ DAMAGE: dict[str, Damage] = {
     "more messages than entries": head(ENTRIES + 1),
     "the most messages of all": head(2**64 - 1),
     "an entry longer than an entry": entry_length(255),
-    "the longest entry of all": entry_length(2**16 - 1),
+    "the longest entry of all": entry_length(2**64 - 1),
     "an empty message": message(b""),
     "garbage": message(b"\xc1\xff"),
     "text that is no text": message(b"\x94\x0e\x01\xa1\xff\xc2"),

@@ -17,7 +17,7 @@ import asynctsqp
 from asynctsqp import rpc
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Refused, Welcome
 from asynctsqp.model_spec import ModelSpec, Op
-from asynctsqp.rpc import Connection
+from asynctsqp.rpc import Connection, Target
 from asynctsqp.sockets import MAX_FRAME_BYTES
 from tests.clients import call
 from tests.peers import Lie, lying_gpu
@@ -207,7 +207,7 @@ def test_silence_in_the_handshake_ends_at_its_deadline(
 
 def test_a_call_without_answer_ends_at_its_deadline_and_fails_all_others() -> None:
     async def run(endpoint: str) -> list[Any]:
-        connection = await Connection.open(endpoint, MAX_FRAME_BYTES)
+        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
         settled: list[int] = []
         try:
             calls = [
@@ -239,7 +239,7 @@ def test_messages_without_end_do_not_stop_the_deadline() -> None:
         over.set()
 
     async def run(endpoint: str) -> bool:
-        connection = await Connection.open(endpoint, MAX_FRAME_BYTES)
+        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
         try:
             with pytest.raises(asynctsqp.GpuSideError):
                 await connection.call(1, call(1, slot=0), deadline_s=0.5)

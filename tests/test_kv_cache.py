@@ -57,7 +57,7 @@ def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], 
         rows = slice(start, start + length)
         span = cache.extend(length)
         assert span.position == start
-        outputs.append(cache.attend(1, span, q[rows], k[rows], v[rows]))
+        outputs.append(torch.from_numpy(cache.attend(1, span, q[rows].numpy(), k[rows].numpy(), v[rows].numpy())))
         start += length
     torch.testing.assert_close(torch.cat(outputs).double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_a_growing_sequence_is_never_moved() -> None:
     for _ in range(3000):
         cache.extend(1)
         for index, block in enumerate(cache._blocks):
-            assert addresses.setdefault(index, block.keys.data_ptr()) == block.keys.data_ptr()
+            assert addresses.setdefault(index, block.keys.ctypes.data) == block.keys.ctypes.data
     assert len(addresses) < 10
     assert sum(block.tokens for block in cache._blocks) <= 3000 + 64
 
@@ -100,6 +100,28 @@ def test_a_full_memory_makes_the_next_one_wait_and_loses_none() -> None:
         return log
 
     assert asyncio.run(run()) == ["first", "second", "fourth"]
+
+
+def test_one_who_leaves_in_the_moment_of_being_admitted_takes_no_room() -> None:
+    async def run() -> None:
+        memory = KVMemory(SPEC, 128 * TOKEN_BYTES)
+
+        async def hold(tokens: int, leave: asyncio.Event) -> None:
+            async with memory.sequence(tokens, 0):
+                await leave.wait()
+
+        leave = asyncio.Event()
+        first, second, third = (asyncio.create_task(hold(tokens, leave)) for tokens in (100, 100, 60))
+        await asyncio.sleep(0)
+        first.cancel()  # gives its room back in the same turn of the loop
+        second.cancel()  # in which the next in the queue leaves
+        await asyncio.wait((first, second))
+        assert memory.reserved_bytes == 64 * TOKEN_BYTES
+        leave.set()
+        await third
+        assert memory.reserved_bytes == 0
+
+    asyncio.run(run())
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:

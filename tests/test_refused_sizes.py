@@ -18,7 +18,7 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.errors import BadInputError
 from asynctsqp.memory import free_host_bytes
 from asynctsqp.random_weights import RandomTensor
-from gpu_side import executor
+from gpu_side.device import choose
 from gpu_side.server import Server
 from gpu_side.weights import Weights as GpuWeights
 from tee_side.weights import Weights as TeeWeights
@@ -103,10 +103,10 @@ def test_one_load_at_a_time(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -
         return dtype
 
     async def run() -> list[str]:
-        server = Server(mock.Mock(), tiny, executor.choose("cpu", 1), None)
-        return await asyncio.gather(*(server.weights(dtype) for dtype in ("float32", "bfloat16", "float16")))
+        server = Server(mock.Mock(), tiny, choose("cpu", 1), None)
+        return await asyncio.gather(*(server.weights.of(dtype) for dtype in ("float32", "bfloat16", "float16")))
 
-    monkeypatch.setattr("gpu_side.server.Weights", load)
+    monkeypatch.setattr("gpu_side.made_weights.Weights", load)
     assert asyncio.run(run()) == ["float32", "bfloat16", "float16"]
     assert most == [1, 1, 1]
 

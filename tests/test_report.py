@@ -184,7 +184,7 @@ def test_without_matplotlib(log: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     ended = run_report(log, "--plot", str(tmp_path / "plot.png"))
-    assert_error(ended, "pip install asynctsqp[plot]")
+    assert_error(ended, "pip install 'asynctsqp[plot]'")
     assert not (tmp_path / "plot.png").exists()
 
 

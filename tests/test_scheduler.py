@@ -54,6 +54,14 @@ def test_decodes_go_together_and_with_a_chunk() -> None:
     assert shown(s.next()) == [("c", [9])]
 
 
+def test_short_prompts_share_a_chunk() -> None:
+    s = scheduler(chunk_tokens=8)
+    for name, tokens in (("a", 3), ("b", 4), ("c", 5), ("d", 2)):
+        s.add(name, range(tokens))
+    assert shown(s.next()) == [("a", [0, 1, 2]), ("b", [0, 1, 2, 3])]
+    assert shown(s.next()) == [("c", [0, 1, 2, 3, 4]), ("d", [0, 1])]
+
+
 def test_prompts_take_turns() -> None:
     s = scheduler()
     s.add("long", range(12))
@@ -119,7 +127,9 @@ def test_everybody_gets_everything_once_and_in_order(
         batch = s.next() if len(flying) < 3 else []
         if batch:
             assert len(batch) <= policy.most_portions
-            assert sum(not portion.decode for portion in batch) <= 1
+            chunks = [portion for portion in batch if not portion.decode]
+            assert sum(len(portion.tokens) for portion in chunks) <= policy.chunk_tokens
+            assert len({portion.request for portion in batch}) == len(batch), "two pieces of one request"
             for portion in batch:
                 assert portion.request not in gone
                 assert len(portion.tokens) <= (1 if portion.decode else policy.chunk_tokens)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -86,64 +82,6 @@ def test_interrupted_while_modules_are_imported(private_tmp: Path, tiny_model: C
         assert wait_until(lambda: "libtorch_cpu" in maps.read_text(), 20), "torch is never imported?"
         tee.signal(signal.SIGINT)
         assert_interrupted(tee, private_tmp)
-
-
-@contextmanager
-def terminal(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The TEE side's command in a terminal of its own, and the terminal's other end."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "asynctsqp.tee", *flags]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True)
-    os.close(theirs)
-    try:
-        yield process, ours
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
-def read_until(keyboard: int, mark: bytes) -> bytes:
-    """What the terminal shows, up to `mark`, or to the end of it."""
-    text = b""
-    while mark not in text:
-        assert select.select([keyboard], [], [], 20)[0], f"the terminal shows only {text!r}"
-        try:
-            text += os.read(keyboard, 4096)
-        except OSError:  # the other end is closed
-            break
-    return text
-
-
-def test_a_chat_of_two_turns_ends_with_the_input(tiny_model: Callable[[str], Path]) -> None:
-    with terminal("--model", str(tiny_model("gqa")), "--max-new-tokens", "8", "--ignore-eos") as (process, keyboard):
-        for line in (b"Hello there\n", b"And now?\n", b"\x04"):
-            read_until(keyboard, b"> ")
-            os.write(keyboard, line)
-        assert process.wait(SOON_S) == 0
-        assert b"Traceback" not in read_until(keyboard, b"Traceback")
-
-
-@BOTH
-def test_an_idle_chat_can_be_interrupted(number: int, tiny_model: Callable[[str], Path]) -> None:
-    with terminal("--model", str(tiny_model("gqa"))) as (process, keyboard):
-        read_until(keyboard, b"> ")
-        process.send_signal(number)
-        assert process.wait(SOON_S) == 130
-        assert b"Traceback" not in read_until(keyboard, b"Traceback")
-
-
-@BOTH
-def test_a_chat_can_be_interrupted_in_the_middle_of_an_answer(number: int, tiny_model: Callable[[str], Path]) -> None:
-    flags = ("--max-new-tokens", "440", "--temperature", "0", "--ignore-eos")
-    with terminal("--model", str(tiny_model("gqa")), *flags) as (process, keyboard):
-        read_until(keyboard, b"> ")
-        os.write(keyboard, b"Hello there\n")
-        read_until(keyboard, b"there\r\n")
-        assert select.select([keyboard], [], [], 20)[0]
-        process.send_signal(number)
-        assert process.wait(SOON_S) == 130
-        assert b"Traceback" not in read_until(keyboard, b"Traceback")
 
 
 @BOTH

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from gpu_side.executor import CpuExecutor
+from gpu_side.cpu import CpuExecutor
 
 
 @pytest.mark.parametrize("threads", [1, 2])

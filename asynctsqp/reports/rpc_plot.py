@@ -17,7 +17,7 @@ def plot(report: RpcReport, file: Path) -> None:
     try:
         from matplotlib.figure import Figure  # draws with Agg into a file: no display is asked for
     except ImportError:
-        raise BadInputError("--plot needs matplotlib: pip install asynctsqp[plot]") from None
+        raise BadInputError("--plot needs matplotlib: pip install 'asynctsqp[plot]'") from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     # A dollar sign would begin a formula: the names come out of a file.
