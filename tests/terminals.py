@@ -23,6 +23,7 @@ TAKE_TERMINAL = (
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 CODES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02]")
+BEGUN_CODE = re.compile(rb"\x1b(\[[0-9;?]*)?\Z")  # a read may end within one
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
 PROMPT = b"> "
 
@@ -49,7 +50,7 @@ class Terminal:
     def read_until(self, mark: bytes) -> bytes:
         """What it shows from here on, without colours and the like, up to `mark` or to the end of it."""
         shown = b""
-        while mark not in CODES.sub(b"", shown):
+        while mark not in CODES.sub(b"", shown) or BEGUN_CODE.search(shown):
             assert select.select([self._ours], [], [], 20)[0], f"the terminal shows only {shown!r}"
             try:
                 shown += os.read(self._ours, 4096)
