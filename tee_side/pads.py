@@ -25,6 +25,11 @@ PAUSE_S = 0.05  # between two looks at a full bank: a decode step takes from it 
 Result = TypeVar("Result")
 
 
+def cores_to_spare() -> bool:
+    """Whether stocks are filled while requests run too, and not between them only."""
+    return len(cores()) >= SPARE_CORES
+
+
 class Pads(Protocol):
     """Where the masks of calls, and their products, come from."""
 
@@ -50,7 +55,7 @@ class BankPads:
         self._bank = bank
         self._thread = ThreadPoolExecutor(1, "pads", set_threads_of_this_thread, (threads,))
         self._requests = 0
-        self._beside = len(cores()) >= SPARE_CORES
+        self._beside = cores_to_spare()
         self._idle = asyncio.Event()
         self._idle.set()
         self._taken = asyncio.Event()

@@ -4,7 +4,8 @@
     _ask     keeps some megabytes of questions in flight, at any time, since the peer does the work:
                 1. what calls wait for now
                 2. what a long call's next matrices will need, in the order of the layers
-                3. the matrix with the fewest rows, until all of --mask-memory is used
+                3. the matrix with the fewest rows, until all of --mask-memory is used; while a request runs on few
+                   cores only what a decode step must not wait for, since receiving costs the enclave's own time
 
 Covered: pads come out of a stock as the bank's do (tee_side/stock), each once, whoever is cancelled or fails; what a
 cancelled call waited for goes to the next one, unused.
@@ -29,6 +30,7 @@ from asynctsqp.mask_blocks import most_rows
 from asynctsqp.model_spec import Op
 from tee_side.mask_peer import MaskPeer
 from tee_side.masking import Pad
+from tee_side.pads import cores_to_spare
 from tee_side.stock import Stock, words_ahead_bytes
 
 IN_FLIGHT_BYTES = 16 << 20  # of answers: more than a network of 10 Gbit/s holds in 10 ms
@@ -36,6 +38,7 @@ MOST_QUESTIONS = 128  # in flight, of narrow matrices: a peer refuses what comes
 LEAST_ROWS = 4  # of a matrix that must fit: less is a question for each token
 MOST_ROWS = 256  # of a question: more are hardly cheaper
 FIRST_ROWS = 16  # of a matrix that has none: all have a few before one has many
+RUNNING_ROWS = 64  # of each matrix while a request runs on few cores: eight steps of eight sequences
 MATRICES_AHEAD = 6  # of a long call: a layer and a half
 
 
@@ -105,6 +108,7 @@ class PeerPads:
         self._in_flight = 0  # bytes
         self._asked = 0  # questions
         self._requests = 0
+        self._beside = cores_to_spare()
         self._failure: AsynctsqpError | None = None
         self._wanted = asyncio.Event()
         self._arrived = asyncio.Event()
@@ -128,7 +132,7 @@ class PeerPads:
         if rows > DECODE_ROWS:
             self._expect(matrix, rows)
         if not shelf.waiting and shelf.stock.rows >= rows:
-            if shelf.room(busy=True):
+            if self._refill(shelf):
                 self._wanted.set()
             return shelf.stock.pad(shelf.stock.withdraw(rows))
         pad: asyncio.Future[Pad] = asyncio.get_running_loop().create_future()
@@ -215,8 +219,15 @@ class PeerPads:
             if missing > 0 and self.nbytes + missing * shelf.stock.row_bytes <= self._room.limit:
                 return matrix, missing
         matrix, shelf = min(self._shelves.items(), key=lambda item: item[1].coming)
-        rows = shelf.room(busy=self._requests > 0)
+        rows = self._refill(shelf)
         return (matrix, rows) if rows > 0 else None
+
+    def _refill(self, shelf: _Shelf) -> int:
+        """Rows that should be asked for next, to have more of a matrix."""
+        busy = self._requests > 0
+        if busy and not self._beside and shelf.coming >= RUNNING_ROWS:
+            return 0
+        return shelf.room(busy)
 
     async def _question(self, matrix: Matrix, rows: int) -> None:
         shelf = self._shelves[matrix]

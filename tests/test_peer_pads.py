@@ -19,7 +19,7 @@ from asynctsqp.model_spec import Op
 from gpu_side.router import MAX_CALLS
 from tee_side import peer_pads
 from tee_side.masking import Pad
-from tee_side.peer_pads import PeerPads, Room
+from tee_side.peer_pads import RUNNING_ROWS, PeerPads, Room
 from tee_side.stock import Batch
 
 SHAPES: dict[Matrix, tuple[int, int]] = {
@@ -139,8 +139,9 @@ def test_the_stock_fills_up_to_its_memory_and_no_further() -> None:
     with_pads(100, work)
 
 
-def test_a_stock_that_is_used_is_filled_again_while_requests_run() -> None:
+def test_a_stock_that_is_used_is_filled_again_while_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces that are worth a question, not a row at a time."""
+    monkeypatch.setattr(peer_pads, "cores_to_spare", lambda: True)
 
     async def work(pads: PeerPads, peer: Peer) -> None:
         await pads.prepare(400)
@@ -153,6 +154,31 @@ def test_a_stock_that_is_used_is_filled_again_while_requests_run() -> None:
             assert len(peer.asked) < len(MATRICES) * 1000 / 50
             assert all(rows == 100 for _, rows in peer.asked)
             assert pads.rows >= 200
+
+    with_pads(400, work)
+
+
+def test_on_few_cores_a_running_request_has_a_few_steps_ahead_and_the_rest_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_pads, "cores_to_spare", lambda: False)
+
+    async def work(pads: PeerPads, peer: Peer) -> None:
+        await pads.prepare(400)
+        peer.asked.clear()
+        with pads.working():
+            for matrix in MATRICES:
+                peer.use(matrix, 300, await pads.take(matrix, 300))
+            await settle()
+            assert not peer.asked, "there is enough for a decode step"
+            for _ in range(200):
+                for matrix in MATRICES:
+                    peer.use(matrix, 1, await pads.take(matrix, 1))
+                await settle()
+            assert RUNNING_ROWS - 1 <= pads.rows < 3 * RUNNING_ROWS
+            assert all(rows >= RUNNING_ROWS // 2 for _, rows in peer.asked)
+        await settle()
+        assert pads.rows >= 200, "nobody had to come for it"
 
     with_pads(400, work)
 
