@@ -140,6 +140,13 @@ class Doorbell:
         self._near = time.perf_counter() - start < SPIN_S
         return message
 
+    async def receive_all(self) -> list[bytes]:
+        """The next message, and those that are here already."""
+        messages = [await self.receive()]
+        while len(messages) < ENTRIES and (message := self._incoming.pop()) is not None:
+            messages.append(message)
+        return messages
+
     def wake(self) -> None:
         """The other side's Wake has come."""
         self._woken.set()

@@ -218,10 +218,11 @@ class Connection:
                 if not self._pending:
                     self._called.clear()
                     await self._called.wait()
-                answer = decode_to_tee(await doorbell.receive())
-                if not isinstance(answer, Done | Refused):
-                    raise ProtocolError("only answers to calls go through a doorbell")
-                self._settle(answer, None)
+                for message in await doorbell.receive_all():
+                    answer = decode_to_tee(message)
+                    if not isinstance(answer, Done | Refused):
+                        raise ProtocolError("only answers to calls go through a doorbell")
+                    self._settle(answer, None)
                 await asyncio.sleep(0)  # first who waits for it, then the next look
 
     @contextlib.contextmanager

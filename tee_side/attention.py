@@ -20,23 +20,23 @@ Run = tuple[Rows, Rows]  # keys and values, [kv_heads, keys, head_dim] each: vie
 
 
 def attend(q: Rows, before: Sequence[Run], own: Run) -> Rows:
-    """q: [n, heads, head_dim]; own: the run that ends with the queries' own n keys -> [n, heads * head_dim].
+    """q: [n, heads, head_dim]; own: the run that ends with the queries' own n keys -> like q.
 
     Query i sees all runs before and, of its own, the keys up to its own.
     """
     queries, heads, head_dim = q.shape
     kv_heads = len(own[0])
     if not queries:
-        return q.reshape(0, heads * head_dim)
+        return q
     if queries == 1:
-        return _single(q.reshape(kv_heads, heads // kv_heads, head_dim), [*before, own]).reshape(1, -1)
+        return _single(q.reshape(kv_heads, heads // kv_heads, head_dim), [*before, own]).reshape(q.shape)
     grouped = q.reshape(queries, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
     first = own[0].shape[1] - queries
     parts = [flash(grouped, run, causal=False) for run in before]
     if first:
         parts.append(flash(grouped, _slice(own, slice(first)), causal=False))
     parts.append(flash(grouped, _slice(own, slice(first, None)), causal=True))
-    return merge(parts).permute(2, 0, 1, 3).reshape(queries, -1).numpy()
+    return merge(parts).permute(2, 0, 1, 3).reshape(q.shape).numpy()
 
 
 def _single(q: Rows, runs: Sequence[Run]) -> Rows:

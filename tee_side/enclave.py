@@ -14,6 +14,7 @@ from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
 from tee_side.kv_cache import KVCache, Span
+from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
 from tee_side.weights import Weights
 
@@ -53,7 +54,12 @@ class Enclave:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: Weights, parts: Sequence[tuple[RunningSequence, int]], wanted: Tokens
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        parts: Sequence[tuple[RunningSequence, int]],
+        wanted: Tokens,
+        pace: Pace,
     ) -> None:
         """parts: sequences, and how many tokens of each are next. Their places in the KV caches are taken here.
 
@@ -62,6 +68,12 @@ class Enclave:
         self.layers = range(spec.layers)
         self._spec = spec
         self._weights = weights
+        self._pace = pace
+        group = spec.heads // spec.kv_heads
+        self._whole = ((slice(None), slice(None)),)
+        self._heads = [
+            (slice(head, head + 1), slice(head * group, (head + 1) * group)) for head in range(spec.kv_heads)
+        ]
         self._parts: list[_Part] = []
         angles: list[Angles] = []
         start = 0
@@ -115,15 +127,33 @@ class Enclave:
     async def attend(self, layer: int, qkv: Rows) -> Rows:
         """q | k | v: [n, (heads + 2 kv_heads) * head_dim] -> context [needed, heads * head_dim]."""
         q, k, v = self.rotate(qkv)
-        contexts = []
-        for part in self._parts:
-            needed = part.wanted if layer == self.layers[-1] else part.span.length
-            if await part.cache.turn(layer, part.span):
-                queries = q[part.rows][part.span.length - needed :]
-                contexts.append(self.attention(layer, part, queries, k[part.rows], v[part.rows]))
-            else:  # nobody will ask for these rows any more; the neighbours' are not concerned
-                contexts.append(np.zeros((needed, self._spec.q_features), np.float32))
-        return contexts[0] if len(contexts) == 1 else np.concatenate(contexts)
+        stored = [await self._store(layer, part, k, v) for part in self._parts]
+        lengths = [part.wanted if layer == self.layers[-1] else part.span.length for part in self._parts]
+        contexts: Rows = np.empty((sum(lengths), self._spec.heads, self._spec.head_dim), np.float32)
+        end = 0
+        async with self._pace.long():
+            for part, is_stored, length in zip(self._parts, stored, lengths, strict=True):
+                start, end = end, end + length
+                if not is_stored:  # nobody will ask for these rows any more; the neighbours' are not concerned
+                    contexts[start:end] = 0
+                    continue
+                for kv_heads, heads in self._pieces(length):
+                    if self._pace.is_due():
+                        await self._pace.let_others()
+                    queries = q[part.rows.stop - length : part.rows.stop, heads]
+                    contexts[start:end, heads] = self.attention(layer, part, queries, kv_heads)
+        return contexts.reshape(len(contexts), self._spec.q_features)
+
+    def _pieces(self, queries: int) -> Sequence[tuple[slice, slice]]:
+        """Heads, of keys and of queries, whose attention is worth a turn of the loop by itself."""
+        return self._whole if queries <= DECODE_ROWS else self._heads
+
+    async def _store(self, layer: int, part: _Part, k: Rows, v: Rows) -> bool:
+        """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
+        if not await part.cache.turn(layer, part.span):
+            return False
+        part.cache.store(layer, part.span, k[part.rows], v[part.rows])
+        return True
 
     async def attend_elsewhere(self, layer: int, qkv: Rows) -> tuple[Rows, Rows, Rows]:
         """`attend`'s first part, for a single sequence -> what QK and AV need: q, keys and values of all so far."""
@@ -150,6 +180,6 @@ class Enclave:
         q_and_k = self._kernels.rotate(heads[:, : spec.heads + spec.kv_heads], self._cos, self._sin)
         return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
 
-    def attention(self, layer: int, part: _Part, q: Rows, k: Rows, v: Rows) -> Rows:
-        """Stores a sequence's new k and v, and attends to all its keys -> context [queries, heads * head_dim]."""
-        return part.cache.attend(layer, part.span, q, k, v)
+    def attention(self, layer: int, part: _Part, q: Rows, kv_heads: slice) -> Rows:
+        """One sequence's queries of some heads, to all its keys -> context, like q: [queries, heads, head_dim]."""
+        return part.cache.attend(layer, part.span, q, kv_heads)

@@ -26,6 +26,7 @@ from tee_side.attention import Run, attend
 
 BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 1024
+ALL = slice(None)  # heads
 ANSWER_TOKENS = 256  # of the answer, that lie beside the prompt: a short answer never has a second block
 
 
@@ -153,14 +154,12 @@ class KVCache:
             if not turn.done():
                 turn.set_result(None)
 
-    def attend(self, layer: int, span: Span, q: Rows, k: Rows, v: Rows) -> Rows:
-        """Stores the span's keys and values, and attends to them and to all before them.
+    def attend(self, layer: int, span: Span, q: Rows, kv_heads: slice = ALL) -> Rows:
+        """Attends to the span's keys and values, which are stored, and to all before them.
 
-        q: [queries, heads, head_dim] of the span's last tokens; k, v: [n, kv_heads, head_dim] -> context
-        [queries, heads * head_dim].
+        q: [queries, heads, head_dim] of the span's last tokens, of those heads that share kv_heads -> context, like q.
         """
-        self.store(layer, span, k, v)
-        *before, own = self._runs(layer, span)
+        *before, own = self._runs(layer, span, kv_heads)
         return attend(q, before, own)
 
     def store(self, layer: int, span: Span, k: Rows, v: Rows) -> None:
@@ -183,13 +182,16 @@ class KVCache:
             [values for _, values in runs], axis=1
         )
 
-    def _runs(self, layer: int, span: Span) -> list[Run]:
+    def _runs(self, layer: int, span: Span, kv_heads: slice = ALL) -> list[Run]:
         """The same, block by block: views."""
         past = self._blocks[: span.block]
         own, end = self._blocks[span.block], span.start + span.length
         return [
-            *((block.keys[layer, :, : block.used], block.values[layer, :, : block.used]) for block in past),
-            (own.keys[layer, :, :end], own.values[layer, :, :end]),
+            *(
+                (block.keys[layer, kv_heads, : block.used], block.values[layer, kv_heads, : block.used])
+                for block in past
+            ),
+            (own.keys[layer, kv_heads, :end], own.values[layer, kv_heads, :end]),
         ]
 
 

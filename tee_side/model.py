@@ -12,6 +12,7 @@ from asynctsqp.model_spec import ModelSpec, Op
 from tee_side.arrays import Rows, Tokens
 from tee_side.enclave import Enclave, RunningSequence
 from tee_side.kv_cache import KVCache
+from tee_side.pace import Pace
 from tee_side.partitions import Gpu, Partition
 from tee_side.recorder import Recorder
 from tee_side.rope import Ropes
@@ -29,6 +30,7 @@ class Model:
         self._partition = partition
         self._ropes = Ropes(config)
         self._recorder = recorder
+        self._pace = Pace()
 
     def sequence(self, cache: KVCache, prompt_tokens: int) -> RunningSequence:
         return RunningSequence(cache, self._ropes.for_sequence(prompt_tokens))
@@ -38,7 +40,7 @@ class Model:
 
         wanted: indices of those after which the scores are wanted.
         """
-        tee = Enclave(self._spec, self._weights, parts, wanted)
+        tee = Enclave(self._spec, self._weights, parts, wanted, self._pace)
         if self._recorder is not None:
             self._recorder.watch(tee, lane)
         return tee
@@ -46,7 +48,7 @@ class Model:
     async def forward(self, tee: Enclave, gpu: Gpu, tokens: Tokens) -> Rows:
         """tokens: as `begin` was told -> scores, [wanted, vocab]. Where none are wanted there is no call for them."""
         try:
-            with np.errstate(all="ignore"):  # an overflow shows in the scores, which are checked
+            with self._pace.running(), np.errstate(all="ignore"):  # an overflow shows in the scores, which are checked
                 x = await self._partition(tee, gpu, tokens)
                 if not len(x):
                     return np.empty((0, self._spec.vocab_size), np.float32)

@@ -71,6 +71,21 @@ def side(outgoing: memoryview, incoming: memoryview, wakes: list[int], peer: Cal
     return doorbell
 
 
+def test_all_that_is_here_comes_at_once() -> None:
+    async def run() -> None:
+        ring = memoryview(bytearray(RING_BYTES))
+        producer = Ring(ring)
+        doorbell = Doorbell(Ring(memoryview(bytearray(RING_BYTES))), Ring(ring), lambda: None, looks=lambda: LOOKS)
+        messages = [str(number).encode() for number in range(ENTRIES)]
+        for message in messages:
+            producer.push(message)
+        assert await doorbell.receive_all() == messages
+        producer.push(b"one")
+        assert await doorbell.receive_all() == [b"one"]
+
+    asyncio.run(run())
+
+
 def test_no_wake_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ping-pong between two loops in two threads, with random pauses around the moment of parking.
 

@@ -52,14 +52,21 @@ def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], 
     q = torch.randn(total, SPEC.heads, SPEC.head_dim, generator=generator)
     k, v = torch.randn(2, total, SPEC.kv_heads, SPEC.head_dim, generator=generator)
     cache = KVCache(SPEC, chunks[0], total)
-    outputs, start = [], 0
+    outputs, of_heads, start = [], [], 0
+    group = SPEC.heads // SPEC.kv_heads
     for length in lengths:
         rows = slice(start, start + length)
         span = cache.extend(length)
         assert span.position == start
-        outputs.append(torch.from_numpy(cache.attend(1, span, q[rows].numpy(), k[rows].numpy(), v[rows].numpy())))
+        cache.store(1, span, k[rows].numpy(), v[rows].numpy())
+        outputs.append(torch.from_numpy(cache.attend(1, span, q[rows].numpy())).flatten(1))
+        last = q[rows][:, -group:].numpy()
+        of_heads.append(torch.from_numpy(cache.attend(1, span, last, slice(SPEC.kv_heads - 1, SPEC.kv_heads))))
         start += length
-    torch.testing.assert_close(torch.cat(outputs).double(), plain_attention(q, k, v), rtol=1e-5, atol=1e-5)
+    exact = plain_attention(q, k, v)
+    torch.testing.assert_close(torch.cat(outputs).double(), exact, rtol=1e-5, atol=1e-5)
+    last_heads = exact.reshape(total, SPEC.heads, -1)[:, -group:]
+    torch.testing.assert_close(torch.cat(of_heads).double(), last_heads, rtol=1e-5, atol=1e-5)
 
 
 def test_a_growing_sequence_is_never_moved() -> None:

@@ -1,0 +1,51 @@
+"""What is long on the event loop, one at a time, and in between what is short.
+
+Lanes whose answers are here have a norm or an activation to compute, tens of microseconds, before the GPU side has
+their next product to do. If they queued behind the attention of all other lanes, that would stand still meanwhile, and
+then all of them would wait for it: both sides would work in turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+
+PIECE_S = 0.0005  # that others' short work waits, more or less
+TURNS = 2  # of the loop, until who waits for an answer that is here has gone on
+
+
+class Pace:
+    """Of one engine."""
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._long = asyncio.Lock()
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While a forward pass runs. A single one waits for nobody."""
+        self._passes += 1
+        try:
+            yield
+        finally:
+            self._passes -= 1
+
+    @contextlib.asynccontextmanager
+    async def long(self) -> AsyncIterator[None]:
+        """For work that takes longer than what others have to do in between. First come first served."""
+        async with self._long:
+            await self.let_others()
+            yield
+
+    def is_due(self) -> bool:
+        """Whether others should have a turn before the next piece of what is long."""
+        return self._passes > 1 and time.perf_counter() - self._since > PIECE_S
+
+    async def let_others(self) -> None:
+        if self._passes > 1:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+            self._since = time.perf_counter()
