@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from asynctsqp import enclave_mode
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions, make
 from asynctsqp.cores import default_threads
-from asynctsqp.enclave_mode import check_gpu, check_peer
 from asynctsqp.endpoints import check_apart, check_endpoint
 from asynctsqp.errors import AsynctsqpError, EngineClosed
 from asynctsqp.filling import Report, silent
@@ -57,10 +57,10 @@ class Engine:
     ) -> None:
         self._model = os.fspath(model)
         self._gpu = None if gpu is None else check_endpoint("--gpu", gpu)
-        self.options = make(EngineOptions, options)
+        self.options = make(EngineOptions, {"enclave": enclave_mode.implied()} | options)
         if self.options.enclave:
-            check_gpu(self._gpu)
-            check_peer(self._gpu, self.options)
+            enclave_mode.check_gpu(self._gpu)
+            enclave_mode.check_peer(self._gpu, self.options)
         check_apart(self._gpu, self.options.mask_peer)
         self._report = report
         self._thread: LoopThread | None = None

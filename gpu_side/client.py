@@ -19,7 +19,8 @@ from gpu_side.programs import Programs, check_tokens
 
 MOST_KEPT = 8192  # calls of one client that are remembered; a token of a 32-layer model on two slots has 258
 MOST_COPIES = 4  # calls whose tensors came in messages, and are in this process's own memory at once
-
+MOST_UNREAD_BYTES = 256 << 20  # of answers in messages that wait for their client to read them: one of the largest
+UNREAD_LOOK_S = 0.01
 
 Prepared = tuple[Program, Tensors, Tensors, bool, object, object]  # what Executor.run takes
 
@@ -28,8 +29,15 @@ class Client:
     """One greeted TEE side. Every number in its messages is checked before it is used."""
 
     def __init__(
-        self, hello: Hello, spec: ModelSpec, programs: Programs, executor: Executor, wake: Callable[[], None]
+        self,
+        hello: Hello,
+        spec: ModelSpec,
+        programs: Programs,
+        executor: Executor,
+        wake: Callable[[], None],
+        unread: Callable[[], int],
     ) -> None:
+        """unread: bytes of answers that are on their way."""
         self._spec = spec
         self._layouts = Layouts(spec, wire_dtype(hello.dtype, hello.weight_bits))
         self._operations = OPERATIONS[hello.partition]
@@ -39,6 +47,7 @@ class Client:
         self._executor = executor
         self._region: Region | None = None
         self._wake = wake
+        self._unread = unread
         self._kept: dict[tuple[int, ...], Prepared] = {}
         self._short_rows = short_rows(spec)
         self.doorbell: Doorbell | None = None
@@ -75,6 +84,7 @@ class Client:
         if layout.slot_bytes > MAX_FRAME_BYTES:  # a small payload may claim to be a large one, compressed
             raise CallRefused("the call or its answer would be larger than a message may be")
         async with self._copies:
+            await self._until_read()
             inputs = tensors_in(await self._unpacked(payload, layout.input_bytes), layout.inputs)
             answer = bytes_of(self._executor.buffer(layout.output_bytes))
             outputs = tensors_in(answer, layout.outputs)
@@ -148,6 +158,11 @@ class Client:
             inputs = (check_tokens(inputs[0], self._spec.vocab_size),)
         program = self._programs.of(op, call.layer)
         return program, inputs, outputs, self.is_short(call), (self, call.lane), repeats
+
+    async def _until_read(self) -> None:
+        """Whoever does not read what it asked for gets no more of it computed, and waits for nobody but itself."""
+        while self._unread() > MOST_UNREAD_BYTES:
+            await asyncio.sleep(UNREAD_LOOK_S)
 
     async def _unpacked(self, payload: memoryview | bytes, size: int) -> memoryview:
         view = memoryview(payload)

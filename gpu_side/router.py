@@ -129,6 +129,8 @@ class Router(ABC, Generic[ClientT]):
 
         They are sent in their order, and more than the kernel takes of them only to a client that reads.
         """
+        if identity not in self._clients:
+            return 0
         sent = self._sent.setdefault(identity, deque())
         while sent and sent[0][0].done:
             sent.popleft()

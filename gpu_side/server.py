@@ -113,7 +113,12 @@ class Server(Router[Client]):
         finally:
             self._greeting.discard(identity)
         self._clients[identity] = Client(
-            hello, self._checkpoint.spec, programs, self._executor, partial(self._wake, identity)
+            hello,
+            self._checkpoint.spec,
+            programs,
+            self._executor,
+            partial(self._wake, identity),
+            partial(self._unread, identity),
         )
         return Welcome(hello.call_id, str(self._executor.device))
 

@@ -23,7 +23,7 @@ class Meter:
         self.bytes_received = 0
         self.pass_s = 0.0  # in which passes were computed, of all lanes
         self.wait_s = 0.0  # of that, waiting for the GPU side
-        self.wrong_answers = 0  # passes that ended because a check failed
+        self.wrong_answers = 0  # passes that ended because a check failed, or refused to begin after that
         self.round_trip_s = 0.0
         self._round_trips = [0] * (len(ROUND_TRIP_BOUNDS) + 1)
 

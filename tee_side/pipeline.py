@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
-from asynctsqp.errors import AsynctsqpError, CheckpointError, ContextLengthError, IntegrityError, one_line
+from asynctsqp.errors import AsynctsqpError, CheckpointError, ContextLengthError, one_line
 from asynctsqp.filling import Report, silent
 from asynctsqp.layouts import OPERATIONS, Layouts
 from asynctsqp.model_spec import Op
@@ -113,9 +113,7 @@ class Pipeline:
     @property
     def failure(self) -> AsynctsqpError | None:
         """What any request would fail with now, as far as it is known without asking; None: it would run."""
-        if self.meter.wrong_answers:
-            return IntegrityError("the GPU side has given a wrong answer: nothing more is asked of it")
-        return self._link.session.connection.lost
+        return self._sealer.failure or self._link.session.connection.lost
 
     async def keep_connected(self) -> None:
         await self._link.keep()

@@ -94,7 +94,7 @@ class Shield:
         self._guards = guards
         self._pads = pads
         self._caught = caught
-        self._distrusted = False
+        self.failure: IntegrityError | None = None
 
     async def seal(self, op: Op, layer: int, inputs: Arrays, outputs: Outputs) -> Sealed:
         """Raises IntegrityError where a row is not finite, or once a wrong answer has been caught."""
@@ -116,13 +116,14 @@ class Shield:
 
     def check(self) -> None:
         """Raises IntegrityError once a wrong answer has been caught."""
-        if self._distrusted:
-            raise IntegrityError("the GPU side has given a wrong answer: nothing more is asked of it")
+        if self.failure is not None:
+            raise IntegrityError(str(self.failure))
 
     def distrust(self, error: IntegrityError) -> IntegrityError:
         """From now on. -> what to raise."""
-        self._distrusted = True
-        return error if self._caught is None else IntegrityError(self._caught)
+        caught = error if self._caught is None else IntegrityError(self._caught)
+        self.failure = IntegrityError(str(caught))  # one that is never raised keeps nobody's frames alive
+        return caught
 
 
 class _Block:

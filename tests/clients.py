@@ -16,7 +16,7 @@ from asynctsqp.shm import HEADER_BYTES
 from tests.peers import RawTee, raw_tee, weight_of
 
 WELCOME, ATTACHED, DONE, REFUSED = 11, 12, 13, 14
-HIDDEN, LAYERS = 64, 3  # of the tiny model `gqa`
+HIDDEN, LAYERS, VOCABULARY = 64, 3, 49152  # of the tiny model `gqa`
 PAGE = 4096
 REGION_BYTES = HEADER_BYTES + 4 * PAGE  # one lane with slots of a page
 O_PROJECTION = "model.layers.1.self_attn.o_proj.weight"

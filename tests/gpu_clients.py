@@ -28,7 +28,7 @@ class Tee:
         weights.prepare(partition)
         self.region = Region.create(f"/test-asynctsqp-{secrets.token_hex(4)}", LANES, SLOTS, SLOT_BYTES)
         programs = FloatPrograms(checkpoint.spec, weights)
-        self.client = Client(hello, checkpoint.spec, programs, executor, lambda: None)
+        self.client = Client(hello, checkpoint.spec, programs, executor, lambda: None, lambda: 0)
         self._layouts = Layouts(checkpoint.spec, torch.float32)
 
     def attach(self) -> None:

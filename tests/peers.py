@@ -30,9 +30,11 @@ def attach(call_id: int, name: str, lanes: int, slot_bytes: int) -> Attach:
 class RawTee:
     """A DEALER connected to a GPU side."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, most_unread: int = 1000) -> None:
+        """most_unread: messages that come in before anybody asks for them."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.RCVHWM, most_unread)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(endpoint)
 
@@ -62,8 +64,8 @@ class RawTee:
 
 
 @contextmanager
-def raw_tee(endpoint: str) -> Iterator[RawTee]:
-    peer = RawTee(endpoint)
+def raw_tee(endpoint: str, most_unread: int = 1000) -> Iterator[RawTee]:
+    peer = RawTee(endpoint, most_unread)
     try:
         yield peer
     finally:

@@ -156,3 +156,15 @@ def open_files(pid: int) -> int:
 
 
 KILL = signal.SIGKILL
+
+
+def until_idle(pid: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Until a process has used almost no time of a processor for half a second.
+
+    meanwhile: what is done each half second; who reads nothing at all for five is taken for dead.
+    """
+    process, before = psutil.Process(pid), -1.0
+    while (now := sum(process.cpu_times()[:2])) - before > 0.05:
+        before = now
+        time.sleep(0.5)
+        meanwhile()

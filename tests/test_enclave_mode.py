@@ -95,6 +95,9 @@ def test_pseudo_files_imply_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert enclave_mode.implied(tmp_path / "attestation")
     monkeypatch.setattr(enclave_mode, "implied", lambda: True)
     assert_one_error(run_tee_hushed(*ENCLAVE[1:], *SHARED, *GPU, "--prompt", "secret"), 2, "--serve")
+    with pytest.raises(asynctsqp.BadInputError, match=enclave_mode.FORCE):
+        asynctsqp.Engine.connect("x", "tcp://127.0.0.1:1")
+    assert not asynctsqp.Engine.connect("x", "tcp://127.0.0.1:1", enclave=False).options.enclave
 
 
 FAILING = {

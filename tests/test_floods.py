@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.messages import PROTOCOL_VERSION, Hello, encode
-from tests.clients import HIDDEN, GoodTee, call
+from asynctsqp.model_spec import Op
+from gpu_side.client import MOST_UNREAD_BYTES
+from tests.clients import DONE, HIDDEN, VOCABULARY, WELCOME, GoodTee, call
 from tests.conftest import GpuProcess
 from tests.peers import raw_tee
-from tests.processes import open_files, wait_until
+from tests.processes import open_files, until_idle, wait_until
 
 PORTIONS, CALLS, CLIENTS = 10, 500, 3
 
@@ -118,6 +122,30 @@ def flood(gpu: TellingGpu, good: GoodTee, model: Path) -> tuple[int, int]:
     held = gpu.held_at_rest()
     good.check()
     return held
+
+
+def test_who_reads_hardly_any_answer_gets_no_more_of_them_computed(
+    good: GoodTee, tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]
+) -> None:
+    """By the operating system's account of its memory; and once it reads, it gets all that it asked for."""
+    rows, calls = 80, 60
+    answer_bytes = 4 * rows * VOCABULARY
+    pid = tiny_gpu.process.pid
+    with raw_tee(tiny_gpu.endpoint, most_unread=1) as peer:
+        assert peer.greet(tiny_model("gqa"))[0] == WELCOME
+        until_idle(pid)
+        before = psutil.Process(pid).memory_info().rss
+        for number in range(calls):
+            peer.send(call(call_id=number, op=Op.LM_HEAD, layer=0, rows=rows), bytes(4 * rows * HIDDEN))
+        answers = []
+        until_idle(pid, meanwhile=lambda: answers.append(peer.receive()))
+        good.check()
+        held = psutil.Process(pid).memory_info().rss - before
+        print(f"{calls * answer_bytes >> 20} MiB asked for, {held >> 20} MiB held")
+        assert held < MOST_UNREAD_BYTES + 6 * answer_bytes  # one more, those being computed, and what computes them
+        answers += [peer.receive() for _ in range(calls - len(answers))]
+    assert sorted(fields[1] for fields, _ in answers) == list(range(calls))
+    assert {(fields[0], len(tensor)) for fields, (tensor,) in answers} == {(DONE, answer_bytes)}
 
 
 def test_calls_whose_answers_nobody_reads_silence_nobody_and_leave_nothing(tiny_model: Callable[[str], Path]) -> None:

@@ -267,6 +267,7 @@ def test_weights_that_change_on_the_disk_are_noticed(tiny_model: Callable[[str],
                 change_a_weight(model, "lm_head.weight")
                 with pytest.raises(asynctsqp.IntegrityError, match="files changed"):
                     await answer(engine, new_tokens=40)
+                assert engine.failure is None, "no answer was wrong"
 
     asyncio.run(work())
 

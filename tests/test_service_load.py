@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asynctsqp import Engine
+from asynctsqp import Engine, IntegrityError
 from asynctsqp.messages import Call, Done
 from asynctsqp.service import answering, connections
 from tests.conftest import GpuProcess
@@ -175,6 +175,8 @@ def test_a_lie_is_caught_counted_and_told(lies: bool, tiny_model: Callable[[str]
                 assert_error(answer, 502, "integrity_violation")
                 assert told["asynctsqp_integrity_failures_total"] == 1
                 assert health == {"status": "unavailable", "reason": "integrity_violation"}
+                assert isinstance(engine.failure, IntegrityError)
+                assert_error(await service.complete(), 502, "integrity_violation")
             else:
                 assert answer.status_code == 200, answer.text
                 assert told["asynctsqp_integrity_failures_total"] == 0
