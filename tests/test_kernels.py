@@ -150,7 +150,7 @@ def test_attention_over_runs_is_the_textbook(
     given_q = q.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SMALL", small)
-        found = attend(q, runs[:-1], runs[-1])
+        found = attend(q, runs[:-1], runs[-1]).reshape(len(q), -1)
     # a score's rounding error grows with the score, and is the relative error of a weight
     near(found, textbook(q, runs), rtol=1e-4, atol=1e-5 * max(1, scale))
     assert (q == given_q).all()
@@ -168,7 +168,7 @@ def test_either_side_of_small_is_the_textbook(parts: int, beyond: int, monkeypat
     lengths = [tokens // parts] * (parts - 1)
     runs = runs_of([*lengths, tokens - sum(lengths)], 2, seed=5)
     q = random(1, 6, HEAD_DIM, seed=7).numpy()
-    near(attend(q, runs[:-1], runs[-1]), textbook(q, runs), rtol=1e-4, atol=1e-5)
+    near(attend(q, runs[:-1], runs[-1]).reshape(1, -1), textbook(q, runs), rtol=1e-4, atol=1e-5)
     assert ways == ["merge" if beyond > 0 else "_softmax_of_scores"]
 
 
