@@ -26,6 +26,7 @@ class Kernels(Protocol):
     def silu_mul(self, gate_up: Rows) -> Rows: ...
     def rotate(self, x: Rows, cos: Rows, sin: Rows) -> Rows: ...
     def add(self, x: Rows, y: Rows) -> Rows: ...
+    def put(self, room: Rows, x: Rows) -> None: ...
 
 
 class RunningSequence:
@@ -71,9 +72,7 @@ class Enclave:
         self._pace = pace
         group = spec.heads // spec.kv_heads
         self._whole = ((slice(None), slice(None)),)
-        self._heads = [
-            (slice(head, head + 1), slice(head * group, (head + 1) * group)) for head in range(spec.kv_heads)
-        ]
+        self._heads = [(_one(head // group), _one(head)) for head in range(spec.heads)]
         self._parts: list[_Part] = []
         angles: list[Angles] = []
         start = 0
@@ -141,12 +140,13 @@ class Enclave:
                     if self._pace.is_due():
                         await self._pace.let_others()
                     queries = q[part.rows.stop - length : part.rows.stop, heads]
-                    contexts[start:end, heads] = self.attention(layer, part, queries, kv_heads)
+                    context = self.attention(layer, part, queries, kv_heads)
+                    self._kernels.put(contexts[start:end, heads], context)
         return contexts.reshape(len(contexts), self._spec.q_features)
 
     def _pieces(self, queries: int) -> Sequence[tuple[slice, slice]]:
         """Heads, of keys and of queries, whose attention is worth a turn of the loop by itself."""
-        return self._whole if queries <= DECODE_ROWS else self._heads
+        return self._whole if queries <= DECODE_ROWS or self._pace.is_alone else self._heads
 
     async def _store(self, layer: int, part: _Part, k: Rows, v: Rows) -> bool:
         """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
@@ -183,3 +183,7 @@ class Enclave:
     def attention(self, layer: int, part: _Part, q: Rows, kv_heads: slice) -> Rows:
         """One sequence's queries of some heads, to all its keys -> context, like q: [queries, heads, head_dim]."""
         return part.cache.attend(layer, part.span, q, kv_heads)
+
+
+def _one(index: int) -> slice:
+    return slice(index, index + 1)

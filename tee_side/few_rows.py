@@ -49,3 +49,8 @@ def add(x: Rows, y: Rows) -> Rows:
     """x + y, in x."""
     x += y
     return x
+
+
+def put(room: Rows, x: Rows) -> None:
+    """x, copied to where it is gathered."""
+    room[...] = x

@@ -37,3 +37,8 @@ def add(x: Rows, y: Rows) -> Rows:
     """x + y, in x."""
     torch.from_numpy(x).add_(torch.from_numpy(y))
     return x
+
+
+def put(room: Rows, x: Rows) -> None:
+    """x, copied to where it is gathered."""
+    torch.from_numpy(room).copy_(torch.from_numpy(x))

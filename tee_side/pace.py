@@ -40,12 +40,17 @@ class Pace:
             await self.let_others()
             yield
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether a single pass runs."""
+        return self._passes <= 1
+
     def is_due(self) -> bool:
         """Whether others should have a turn before the next piece of what is long."""
-        return self._passes > 1 and time.perf_counter() - self._since > PIECE_S
+        return not self.is_alone and time.perf_counter() - self._since > PIECE_S
 
     async def let_others(self) -> None:
-        if self._passes > 1:
+        if not self.is_alone:
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             self._since = time.perf_counter()
