@@ -65,7 +65,7 @@ class Told:
 
 def ask(model: Path, endpoint: str, *flags: str) -> Told:
     command = [sys.executable, "-c", RUN_AND_TELL, "--model", str(model), "--gpu", endpoint, "--lanes", "1", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=250, check=True)
     peak, modules = json.loads(done.stdout.rsplit("told ", 1)[1])
     return Told(peak * 1024, modules)
 
@@ -73,7 +73,7 @@ def ask(model: Path, endpoint: str, *flags: str) -> Told:
 def bytes_without_a_model(model: Path, modules: list[str]) -> int:
     command = [sys.executable, "-c", IMPORT_AND_TELL, str(model)]
     names = json.dumps([name for name in modules if name != "__main__"])
-    done = subprocess.run(command, input=names, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    done = subprocess.run(command, input=names, capture_output=True, text=True, cwd=ROOT, timeout=250, check=True)
     return int(done.stdout) * 1024
 
 
