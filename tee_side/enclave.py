@@ -13,10 +13,12 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
-from tee_side.kv_cache import KVCache, Span
+from tee_side.kv_cache import ALL, KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
 from tee_side.weights import Weights
+
+WHOLE = ((ALL, ALL),)  # heads of keys and of queries, all in one piece
 
 
 class Kernels(Protocol):
@@ -70,9 +72,6 @@ class Enclave:
         self._spec = spec
         self._weights = weights
         self._pace = pace
-        group = spec.heads // spec.kv_heads
-        self._whole = ((slice(None), slice(None)),)
-        self._heads = [(_one(head // group), _one(head)) for head in range(spec.heads)]
         self._parts: list[_Part] = []
         angles: list[Angles] = []
         start = 0
@@ -146,7 +145,10 @@ class Enclave:
 
     def _pieces(self, queries: int) -> Sequence[tuple[slice, slice]]:
         """Heads, of keys and of queries, whose attention is worth a turn of the loop by itself."""
-        return self._whole if queries <= DECODE_ROWS or self._pace.is_alone else self._heads
+        if queries <= DECODE_ROWS or self._pace.is_alone:
+            return WHOLE
+        group = self._spec.heads // self._spec.kv_heads
+        return [(_one(head // group), _one(head)) for head in range(self._spec.heads)]
 
     async def _store(self, layer: int, part: _Part, k: Rows, v: Rows) -> bool:
         """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
@@ -159,9 +161,8 @@ class Enclave:
         """`attend`'s first part, for a single sequence -> what QK and AV need: q, keys and values of all so far."""
         q, k, v = self.rotate(qkv)
         (part,) = self._parts
-        if not await part.cache.turn(layer, part.span):
+        if not await self._store(layer, part, k, v):
             raise EngineClosed("an earlier part of the prompt has failed")
-        part.cache.store(layer, part.span, k, v)
         keys, values = part.cache.past(layer, part.span)
         return q.reshape(len(q), self._spec.kv_heads, -1, self._spec.head_dim).transpose(1, 2, 0, 3), keys, values
 
