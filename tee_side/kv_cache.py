@@ -138,7 +138,7 @@ class KVCache:
         return _Block(self._spec, max(length, min(wanted, self._room - allocated)))
 
     async def turn(self, layer: int, span: Span) -> bool:
-        """Waits until a layer has the keys and values of all tokens before the span: the only wait between lanes.
+        """Waits until a layer has the keys and values of all tokens before the span, which other lanes compute.
 
         False: it never will, because the pass over them has failed; `failure` says with what.
         """
