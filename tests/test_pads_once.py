@@ -108,7 +108,7 @@ def test_no_pad_is_used_twice_when_connections_are_lost(
     monkeypatch.setattr(Pad, "mask", mask)
     meddling.meddle = leave_alone
     prompt, chance = [1, *range(100, 130)], random.Random(2)
-    losses = 0
+    losses, came = 0, asyncio.Event()
 
     async def answer(engine: Engine, leave_after: int) -> list[int]:
         found = list[int]()
@@ -117,6 +117,7 @@ def test_no_pad_is_used_twice_when_connections_are_lost(
         ) as stream:
             async for piece in stream:
                 found += [piece.token_id]
+                came.set()
                 if len(found) == leave_after:
                     break
         return found
@@ -125,9 +126,14 @@ def test_no_pad_is_used_twice_when_connections_are_lost(
         pipeline._link.session.connection._fail(GpuSideLost("a fault that the test injects"))
 
     async def lose(engine: Engine) -> None:
-        """As when the other side is gone: the link makes a new connection, and what was on its way is made again."""
+        """As when the other side is gone: the link makes a new connection, and what was on its way is made again.
+
+        Only after a new token: a call that is lost five times over is given up, and rightly.
+        """
         nonlocal losses
         while True:
+            came.clear()
+            await came.wait()
             await asyncio.sleep(0.1 * chance.random())
             thread, pipeline = engine._running()
             await thread.run(break_off(pipeline))
