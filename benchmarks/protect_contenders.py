@@ -40,10 +40,10 @@ class Contenders:
     def loaded(self, names: Sequence[str], step: Step) -> Iterator[None]:
         """All of them, asleep."""
         with contextlib.ExitStack() as opened:
-            for name in names:
+            self._workers |= {name: opened.enter_context(self._worker(name)) for name in names}
+            for name, worker in self._workers.items():
                 step(f"loading: {name}")
-                self._workers[name] = opened.enter_context(self._worker(name))
-                self._load(name, self._workers[name])
+                self._load(name, worker)
             try:
                 yield
             finally:

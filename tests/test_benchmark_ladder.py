@@ -18,10 +18,8 @@ from tests.benchmark_refusals import assert_refused
 
 LAYERS = 3
 CALLS = {
-    "per-op": 9 * LAYERS + 2,
     "seed": 6 * LAYERS + 2,
     "shielded": 4 * LAYERS + 1,
-    "fused": 2 * LAYERS + 1,
     "fused-layer": LAYERS + 2,
 }
 PROMPT_TOKENS = 20
@@ -63,7 +61,7 @@ def test_each_rung_takes_the_calls_of_its_partition(report: dict[str, Any]) -> N
     results = report["results"]
     assert {name: result["prefill"]["calls"] for name, result in results.items()} == CALLS
     assert {name: result["decode"]["calls"] for name, result in results.items()} == CALLS
-    sizes = [results[name]["prefill"]["bytes_sent"] for name in ("per-op", "seed", "shielded", "fused", "fused-layer")]
+    sizes = [results[name]["prefill"]["bytes_sent"] for name in CALLS]
     assert sizes == sorted(sizes, reverse=True)
 
 

@@ -107,7 +107,11 @@ def attested(enclave: Enclave, directory: Path) -> dict[str, Any]:
 
 
 def test_the_demo_prompt_is_answered_under_what_gramine_forbids(
-    demo_model: Path, start_gpu: Callable[..., GpuProcess], tmp_path: Path
+    demo_model: Path,
+    tiny_model: Callable[[str], Path],
+    start_gpu: Callable[..., GpuProcess],
+    tiny_gpu: GpuProcess,
+    tmp_path: Path,
 ) -> None:
     gpu = start_gpu(demo_model)
     with enclave(demo_model, gpu.endpoint, tmp_path, "--transport", "shm", "--shm-name", NAME) as running:
@@ -127,7 +131,7 @@ def test_the_demo_prompt_is_answered_under_what_gramine_forbids(
     key = running.sealed / "key.pem"
     assert key.stat().st_mode & 0o777 == 0o600
     assert not any("Traceback" in line for line in running.lines)
-    with enclave_again(demo_model, gpu, tmp_path) as running:  # the same key after a restart
+    with enclave_again(tiny_model("gqa"), tiny_gpu, tmp_path) as running:  # the same key after a restart
         assert attested(running, tmp_path)["tls_key_sha256"] == found["tls_key_sha256"]
 
 

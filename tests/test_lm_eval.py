@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def evaluated(backend: str, model: Path, directory: Path) -> dict[str, Any]:
 
 
 def test_the_harness_says_the_same_as_with_transformers(demo_model: Path, tmp_path: Path) -> None:
-    ours, theirs = (evaluated(backend, demo_model, tmp_path / backend) for backend in ("asynctsqp", "hf"))
+    with ThreadPoolExecutor() as both:
+        ours, theirs = both.map(lambda backend: evaluated(backend, demo_model, tmp_path / backend), ("asynctsqp", "hf"))
     assert set(ours) == set(theirs) == {"choice", "rolling", "until"}
 
     def choices(found: dict[str, Any]) -> list[tuple[float, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,16 @@ DEMO_PROMPTS: list[str | list[dict[str, str]]] = [
 ]
 
 
+@functools.lru_cache(maxsize=2)
+def oracle(model_directory: Path) -> Any:
+    """transformers' model in float32. Kept, because loading one takes longer than its short answers."""
+    return AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+
+
 def reference(model_directory: Path, prompt: list[int], new_tokens: int) -> list[int]:
     """transformers' own greedy answer."""
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     ids = torch.tensor([prompt])
-    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    answer = oracle(model_directory).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
     return answer[0, len(prompt) :].tolist()
 
 
@@ -70,9 +76,8 @@ def test_tiny_models_answer_like_transformers(name: str, tiny_model: Callable[[s
             return done.token_ids, await engine.logits(prompt + done.token_ids)
 
     tokens, scores = asyncio.run(answer())
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        expected = model(torch.tensor([prompt + tokens])).logits[0]
+        expected = oracle(directory)(torch.tensor([prompt + tokens])).logits[0]
     assert (scores - expected).abs().max() < 2e-4
     assert tokens == reference(directory, prompt, 64)
 
