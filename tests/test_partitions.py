@@ -21,7 +21,7 @@ from asynctsqp.model_spec import PARTS, ModelSpec, Op
 from tests.clients import DONE, REFUSED, WELCOME, call
 from tests.conftest import GpuProcess, run_tee
 from tests.peers import lying_gpu, raw_tee
-from tests.test_parity import DEMO_PROMPTS, encode, reference
+from tests.test_parity import DEMO_PROMPTS, encode, oracle, reference
 
 PARTITIONS = tuple(OPERATIONS)
 LADDER = tuple(name for name in PARTITIONS if name != "shielded")  # test_parity.py has that one
@@ -32,26 +32,29 @@ FEW_TOKENS = 24
 def scores_of(model: Path, tokens: list[int]) -> torch.Tensor:
     """transformers' own, float32."""
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
+        return oracle(model)(torch.tensor([tokens])).logits[0]
 
 
 async def answer(engine: asynctsqp.Engine, prompt: Any = PROMPT, tokens: int = FEW_TOKENS) -> list[int]:
     return (await engine.complete(prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True)).token_ids
 
 
-@pytest.mark.parametrize("partition", LADDER)
 @pytest.mark.parametrize("name", ["gqa", "biases", "head-dim", "mha-tied", "dynamic-rope", "1-layers"])
-def test_tiny_models_answer_like_transformers(name: str, partition: str, tiny_model: Callable[[str], Path]) -> None:
+def test_tiny_models_answer_like_transformers(
+    name: str, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
+) -> None:
     model = tiny_model(name)
+    endpoint = start_gpu(model).endpoint
 
-    async def run() -> tuple[list[int], torch.Tensor]:
-        async with asynctsqp.Engine.launch(model, partition=partition) as engine:
+    async def run(partition: str) -> tuple[list[int], torch.Tensor]:
+        async with asynctsqp.Engine.connect(model, endpoint, partition=partition) as engine:
             tokens = await answer(engine)
             return tokens, await engine.logits(PROMPT + tokens)
 
-    tokens, scores = asyncio.run(run())
-    assert tokens == reference(model, PROMPT, FEW_TOKENS)
-    assert (scores - scores_of(model, PROMPT + tokens)).abs().max() < 2e-4
+    for partition in LADDER:
+        tokens, scores = asyncio.run(run(partition))
+        assert tokens == reference(model, PROMPT, FEW_TOKENS), partition
+        assert (scores - scores_of(model, PROMPT + tokens)).abs().max() < 2e-4, partition
 
 
 def test_the_demo_model_gives_the_same_tokens_on_every_rung(demo_model: Path) -> None:
