@@ -42,7 +42,9 @@ def oracle(model_directory: Path) -> Any:
 def reference(model_directory: Path, prompt: list[int], new_tokens: int) -> list[int]:
     """transformers' own greedy answer."""
     ids = torch.tensor([prompt])
-    answer = oracle(model_directory).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    answer = oracle(model_directory).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+    )
     return answer[0, len(prompt) :].tolist()
 
 
