@@ -18,8 +18,10 @@ from tests.benchmark_refusals import assert_refused
 
 LAYERS = 3
 CALLS = {
+    "per-op": 9 * LAYERS + 2,
     "seed": 6 * LAYERS + 2,
     "shielded": 4 * LAYERS + 1,
+    "fused": 2 * LAYERS + 1,
     "fused-layer": LAYERS + 2,
 }
 PROMPT_TOKENS = 20
