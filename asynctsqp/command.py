@@ -121,10 +121,9 @@ async def _running(arguments: argparse.Namespace, masks: int) -> AsyncIterator[E
 
 
 def _engine(arguments: argparse.Namespace, report: Report) -> Engine:
-    options = dataclasses.asdict(arguments.options)
-    if arguments.gpu is None:
-        return Engine.launch(arguments.model, report=report, **options)
-    return Engine.connect(arguments.model, arguments.gpu, report=report, **options)
+    return Engine(
+        arguments.model, arguments.gpu, dataclasses.asdict(arguments.options), report, started=arguments.gpu_side
+    )
 
 
 async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:

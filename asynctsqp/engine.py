@@ -53,8 +53,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str], gpu: str | None, options: dict[str, Any], report: Report = silent
+        self,
+        model: str | os.PathLike[str],
+        gpu: str | None,
+        options: dict[str, Any],
+        report: Report = silent,
+        started: LocalGpuSide | None = None,
     ) -> None:
+        """started: a GPU side that comes up already, for these options; the engine stops it."""
         self._model = os.fspath(model)
         self._gpu = None if gpu is None else check_endpoint("--gpu", gpu)
         self.options = make(EngineOptions, {"enclave": enclave_mode.implied()} | options)
@@ -65,6 +71,7 @@ class Engine:
         self._report = report
         self._thread: LoopThread | None = None
         self._pipeline: Pipeline | None = None
+        self._started = started
         self._local: LocalGpuSide | None = None
         self.clock: ClockOffset | None = None  # of the trace, once it has been written
 
@@ -206,17 +213,14 @@ class Engine:
 
     async def _open(self, threads: int) -> Pipeline:
         checkpoint = await asyncio.to_thread(Checkpoint.find, self._model)
-        endpoint = self._endpoint(checkpoint, threads)
+        endpoint = self._endpoint(checkpoint)
         return await Pipeline.open(checkpoint, self.options, endpoint, threads, self._report)
 
-    def _endpoint(self, checkpoint: Checkpoint, threads: int) -> Callable[[], Awaitable[str]]:
+    def _endpoint(self, checkpoint: Checkpoint) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:
             return _fixed(self._gpu)
-        options = self.options
-        weights = ("--dtype", options.dtype)
-        if options.protect != "none":
-            weights = ("--weight-bits", str(options.weight_bits))
-        local = self._local = LocalGpuSide(checkpoint.model, weights, threads)
+        local = self._local = self._started or LocalGpuSide(checkpoint.model, self.options)
+        self._started = None
 
         async def endpoint() -> str:
             return await asyncio.to_thread(local.endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ DEFAULT_BIND = "tcp://127.0.0.1:5555"
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends us in order, as Ctrl-C does
     try:
         arguments = _parser().parse_args()
         if arguments.threads is not None and not 1 <= arguments.threads <= MAX_THREADS:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import importlib.util
 import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
@@ -28,6 +30,7 @@ from asynctsqp.ending import ended
 from asynctsqp.endpoints import check_apart, check_endpoint
 from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.service.options import Address, ServiceOptions
+from tee_side.local_gpu import LocalGpuSide
 
 SERVICE_MODULES = ("starlette", "uvicorn", "prometheus_client")  # the dependency group `serve`
 
@@ -137,11 +140,26 @@ def _text(arguments: argparse.Namespace) -> str:
 
 def _run(arguments: argparse.Namespace) -> None:
     os.environ |= openmp()
-    from asynctsqp import command  # takes seconds: after the arguments have been checked
+    with _gpu_side(arguments) as arguments.gpu_side:
+        from asynctsqp import command  # takes seconds: after the arguments have been checked
 
-    loop_factory = uvloop.new_event_loop if arguments.serve and arguments.options.loop == "uvloop" else None
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(command.run(arguments))
+        loop_factory = uvloop.new_event_loop if arguments.serve and arguments.options.loop == "uvloop" else None
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(command.run(arguments))
+
+
+@contextlib.contextmanager
+def _gpu_side(arguments: argparse.Namespace) -> Iterator[LocalGpuSide | None]:
+    """One of our own, if that is what is asked for, on its way up while we import: its seconds beside ours."""
+    if arguments.gpu is not None or not os.path.isdir(arguments.model):  # a hub id is downloaded first, by us
+        yield None
+        return
+    started = LocalGpuSide(arguments.model, arguments.options)
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
 
 
 if __name__ == "__main__":
