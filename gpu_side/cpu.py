@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from asynctsqp.doorbell import LOOKS
 from asynctsqp.shm import Region
 from gpu_side.executor import Program, Tensors, Times
+from gpu_side.short_threads import ShortThreads, timed
 
 
 class CpuExecutor:
@@ -21,6 +21,7 @@ class CpuExecutor:
         self._busy = 0  # products that a thread computes now
         # OpenMP counts its threads for each thread that uses them by itself
         self._thread = ThreadPoolExecutor(1, "product", torch.set_num_threads, (threads,))
+        self._short = ShortThreads(threads)
         self.inline = True
 
     @property
@@ -41,10 +42,10 @@ class CpuExecutor:
         repeats: object = None,
     ) -> Times:
         if short:
-            return _timed(program, inputs, outputs)
+            return self._short.timed(program, inputs, outputs, repeats)
         self._busy += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _timed, program, inputs, outputs)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, timed, program, inputs, outputs)
         finally:
             self._busy -= 1
 
@@ -56,9 +57,3 @@ class CpuExecutor:
 
     def forget(self, lanes: list[object]) -> None:
         pass
-
-
-def _timed(program: Program, inputs: Tensors, outputs: Tensors) -> Times:
-    start = time.perf_counter()
-    program(inputs, outputs)
-    return start, time.perf_counter() - start
