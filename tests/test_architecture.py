@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # The doors of the shared package, which open onto one side each; nothing else in it knows a side.
 DOORS = {
     "gpu_side": {"gpu.py"},
-    "tee_side": {"__init__.py", "engine.py", "command.py", "summary.py", "chat.py"},
+    "tee_side": {"__init__.py", "engine.py", "tee.py", "command.py", "summary.py", "chat.py"},
 }
 FORBIDDEN_EVERYWHERE = {"pickle", "marshal", "shelve", "multiprocessing"}
 

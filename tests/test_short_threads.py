@@ -50,9 +50,7 @@ def compute(short: ShortThreads, program: Program, rows: int, repeats: object, d
     assert torch.get_num_threads() == ALL, "whoever computes next in this thread has all"
 
 
-def steps(
-    short: ShortThreads, program: Program, count: int, rows: int = 1, dtype: torch.dtype = torch.float32
-) -> None:
+def steps(short: ShortThreads, program: Program, count: int, rows: int = 1, dtype: torch.dtype = torch.float32) -> None:
     for _ in range(count):
         for number in range(PRODUCTS):
             compute(short, program, rows, (rows, number), dtype)
