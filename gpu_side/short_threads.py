@@ -1,9 +1,9 @@
 """With how many threads a decode step's products are computed: with all, or with one where that is faster.
 
 More threads read the weights faster and cost a wake-up for each product. What weighs more depends on the processor, the
-dtype and the number of rows, and on how much of a core the TEE side takes meanwhile. So it is found out on the real
-products: the first ones of each number of rows are computed in turns, and what took less time altogether stays. Where
-the number of threads changed a single bit of a result there is nothing to choose: all of them compute.
+dtype and the shape, and on how much of a core the TEE side takes meanwhile. So it is found out on the real products:
+the first ones of each shape are computed in turns, and what took less time altogether stays. Where the number of
+threads changed a single bit of a result there is nothing to choose: all of them compute.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class ShortThreads:
     def __init__(self, threads: int) -> None:
         """threads: all."""
         self._threads = threads
-        self._trials: dict[tuple[int, torch.dtype], _Trial] = {}  # by number of rows
+        self._trials: dict[tuple[torch.Size, torch.Size, torch.dtype], _Trial] = {}
 
     def timed(self, program: Program, inputs: Tensors, outputs: Tensors, repeats: object) -> Times:
         """repeats: as in Executor.run; a product that is not repeated is compared with nothing."""
-        rows = outputs[0].shape[-2]
-        if self._threads == ONE or rows > DECODE_ROWS:
+        x, y = inputs[0], outputs[0]
+        if self._threads == ONE or y.shape[-2] > DECODE_ROWS:
             return timed(program, inputs, outputs)
-        kind = rows, inputs[0].dtype
+        kind = x.shape, y.shape, x.dtype
         trial = self._trials.get(kind)
         if trial is None:
             trial = self._trials[kind] = _Trial(self._threads)
@@ -47,17 +47,16 @@ class ShortThreads:
 
 
 class _Trial:
-    """Of products with the same number of rows. chosen: how many threads, once that is known."""
+    """Of products of one shape. chosen: how many threads, once that is known."""
 
     def __init__(self, threads: int) -> None:
         self.chosen: int | None = None
         self._threads = threads
-        self._alike: set[tuple[torch.Size, torch.Size]] = set()  # shapes of products that have been compared
         self._seconds: dict[object, list[float]] = {}  # each product's, in turns: with one thread, with all
         self._samples = 0
 
     def timed(self, program: Program, inputs: Tensors, outputs: Tensors, repeats: object) -> Times:
-        if not self._is_alike(program, inputs, outputs):
+        if not self._samples and not self._are_alike(program, inputs, outputs):
             self.chosen = self._threads
             return timed(program, inputs, outputs)
         seconds = self._seconds.setdefault(repeats, [])
@@ -69,20 +68,14 @@ class _Trial:
             self._choose()
         return times
 
-    def _is_alike(self, program: Program, inputs: Tensors, outputs: Tensors) -> bool:
+    def _are_alike(self, program: Program, inputs: Tensors, outputs: Tensors) -> bool:
         """Whether one thread and all come to the same bits. Afterwards all threads are set."""
-        shapes = inputs[0].shape, outputs[0].shape
-        if shapes in self._alike:
-            return True
         torch.set_num_threads(ONE)
         program(inputs, outputs)
         single = [output.clone() for output in outputs]
         torch.set_num_threads(self._threads)
         program(inputs, outputs)
-        if not all(map(_same_bits, single, outputs)):
-            return False
-        self._alike.add(shapes)
-        return True
+        return all(map(_same_bits, single, outputs))
 
     def _choose(self) -> None:
         compared = [seconds for seconds in self._seconds.values() if len(seconds) > 1]

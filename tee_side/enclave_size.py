@@ -28,6 +28,7 @@ from asynctsqp.quantize import BLOCK
 from asynctsqp.tensor_codec import wire_dtype
 from tee_side.freivalds import COLUMNS
 from tee_side.room import DEFAULT_CHUNK_TOKENS, Room
+from tee_side.row_threads import PIECE
 from tee_side.tokenizer import Tokenizer
 
 MIB = 1 << 20
@@ -169,7 +170,7 @@ def _reading(checkpoint: Checkpoint, options: EngineOptions, largest: int) -> Li
 def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     """A chunk on each lane: x in float32 and float64, as words, its mask; y as words, the mask's product, in float32.
 
-    What is checked is in float64, one block at a time. A batch of decodes has scores.
+    What is checked is in float64, some rows on each thread. A batch of decodes has scores.
     """
     rows = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
     x_bytes, y_bytes = 3 * WORD + DOUBLE, 3 * WORD
@@ -177,11 +178,12 @@ def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     scores = of_row.pop(Op.LM_HEAD) + DOUBLE * spec.vocab_size
     widest = max(of_row.values()) + y_bytes * spec.hidden_size
     checked = DOUBLE * max(linear.out_features for op, linear in spec.linears.items() if op != Op.LM_HEAD)
-    size = room.lanes * (rows * widest + DECODE_ROWS * scores) + rows * checked
+    pieces = PIECE * (options.threads or THREADS)
+    size = room.lanes * (rows * widest + DECODE_ROWS * scores) + pieces * checked
     return Line(
         "working memory",
         size,
-        f"{room.lanes} lanes x ({rows} x {widest} + {DECODE_ROWS} x {scores}) + {rows} x {checked}",
+        f"{room.lanes} lanes x ({rows} x {widest} + {DECODE_ROWS} x {scores}) + {pieces} x {checked}",
     )
 
 
@@ -197,6 +199,7 @@ def _threads(options: EngineOptions) -> Iterator[tuple[str, int]]:
     yield "helpers of the event loops", 2 * HELPER_THREADS
     yield "ZeroMQ", ZEROMQ_THREADS
     yield "masks", int(options.protect in ("mask", "full"))
+    yield "rows of long blocks", 0 if options.protect == "none" else threads - 1
     yield f"OpenMP, 3 teams of {threads}", 3 * (threads - 1)
     yield "Gramine", GRAMINE_THREADS
 

@@ -40,6 +40,7 @@ from tee_side.mask_peer import Identity, MaskPeer, reach
 from tee_side.masking import Doubles, Pad, dequantize
 from tee_side.pads import BankPads, Pads
 from tee_side.peer_pads import LEAST_ROWS, PeerPads, Room
+from tee_side.row_threads import PIECE, RowThreads
 from tee_side.seals import Arrays, Clear, Outputs, Sealed, Sealer
 
 MOST_MASK_MEMORY = 1 << 30  # unless it is said; or an eighth of the machine's, if that is less
@@ -59,17 +60,20 @@ async def sealer_for(checkpoint: Checkpoint, options: EngineOptions, threads: in
     if options.protect == "none":
         return Clear()
     if options.mask_peer is not None and options.mask_peer_key is not None:
-        return await _with_peer(checkpoint, options, Target.mask_peer(options.mask_peer, options.mask_peer_key), report)
+        target = Target.mask_peer(options.mask_peer, options.mask_peer_key)
+        return await _with_peer(checkpoint, options, target, threads, report)
     bits, memory = options.weight_bits, _mask_memory(options)
     weights = MaskWeights(checkpoint, bits, memory // 2) if options.protect in MASKED else None
     guards = await asyncio.to_thread(_guards, checkpoint, options, weights, report)
     if weights is None:
-        return Shield(guards, None, bits)
+        return Shield(guards, None, bits, threads)
     bank = await asyncio.to_thread(_bank, checkpoint.spec, weights, bits, memory)
-    return Shield(guards, BankPads(bank, threads), bits)
+    return Shield(guards, BankPads(bank, threads), bits, threads)
 
 
-async def _with_peer(checkpoint: Checkpoint, options: EngineOptions, target: Target, report: Report) -> Shield:
+async def _with_peer(
+    checkpoint: Checkpoint, options: EngineOptions, target: Target, threads: int, report: Report
+) -> Shield:
     shapes, memory = _shapes(checkpoint.spec), _mask_memory(options)
     room = Room.of(shapes, memory)
     if room.most_rows < LEAST_ROWS:
@@ -79,28 +83,36 @@ async def _with_peer(checkpoint: Checkpoint, options: EngineOptions, target: Tar
     weights = fingerprint(guard.digest for guard in guards.values())
     identity = Identity(checkpoint.fingerprint(), options.weight_bits, weights)
     peer = await MaskPeer.open(target, identity, shapes, options.reconnect_s)
-    return Shield(guards, PeerPads(peer, shapes, room), options.weight_bits, CAUGHT_EITHER)
+    return Shield(guards, PeerPads(peer, shapes, room), options.weight_bits, threads, CAUGHT_EITHER)
 
 
 class Shield:
     """All guards of one model, and its pads (seals.Sealer)."""
 
     def __init__(
-        self, guards: Mapping[Matrix, Guard], pads: Pads | None, weight_bits: int, caught: str | None = None
+        self,
+        guards: Mapping[Matrix, Guard],
+        pads: Pads | None,
+        weight_bits: int,
+        threads: int,
+        caught: str | None = None,
     ) -> None:
-        """pads: None sends integers as they are; caught: what a wrong answer is told as, if not as the GPU side's."""
+        """pads: None sends integers as they are; threads: for long blocks; caught: what a wrong answer is told as, if
+        not as the GPU side's.
+        """
         self.weight_bits = weight_bits
         self.weights = fingerprint(guard.digest for guard in guards.values())
         self._guards = guards
         self._pads = pads
         self._caught = caught
+        self.rows = RowThreads(threads)
         self.failure: IntegrityError | None = None
 
     async def seal(self, op: Op, layer: int, inputs: Arrays, outputs: Outputs) -> Sealed:
         """Raises IntegrityError where a row is not finite, or once a wrong answer has been caught."""
         self.check()
         guard = self._guards[op, layer]
-        x, scales = guard.scale.quantize(cast(Rows, inputs[0]))
+        x, scales = self._quantize(guard, cast(Rows, inputs[0]))
         pad = None if self._pads is None else await self._pads.take((op, layer), len(x))
         return _Block(self, guard, pad, x, scales, outputs[0])
 
@@ -113,11 +125,23 @@ class Shield:
     async def close(self) -> None:
         if self._pads is not None:
             await self._pads.close()
+        self.rows.close()
 
     def check(self) -> None:
         """Raises IntegrityError once a wrong answer has been caught."""
         if self.failure is not None:
             raise IntegrityError(str(self.failure))
+
+    def _quantize(self, guard: Guard, x: Rows) -> tuple[Doubles, Doubles]:
+        if len(x) <= PIECE:
+            return guard.scale.quantize(x)
+        whole, scales = np.empty(x.shape), np.empty((len(x), 1))
+
+        def some(rows: slice) -> None:
+            whole[rows], scales[rows] = guard.scale.quantize(x[rows])
+
+        self.rows.each(len(x), some)
+        return whole, scales
 
     def distrust(self, error: IntegrityError) -> IntegrityError:
         """From now on. -> what to raise."""
@@ -158,12 +182,21 @@ class _Block:
     def open(self) -> None:
         self._shield.check()  # another lane's answer may have been wrong: no bit more about the secrets
         y = self._y if self._pad is None else self._pad.unmask(self._y)
-        if self._guard.check is not None:
-            try:
-                self._guard.check.verify(y, self._expected)
-            except IntegrityError as error:
-                raise self._shield.distrust(error) from None
-        dequantize(y, self._scales, self._guard.channels, self._guard.bias, self._out)
+        self._verify(y)
+        guard, scales, out = self._guard, self._scales, self._out
+        self._shield.rows.each(
+            len(y), lambda rows: dequantize(y[rows], scales[rows], guard.channels, guard.bias, out[rows])
+        )
+
+    def _verify(self, y: Words) -> None:
+        """All of it, before any of it is used."""
+        check = self._guard.check
+        if check is None:
+            return
+        try:
+            self._shield.rows.each(len(y), lambda rows: check.verify(y[rows], self._expected[rows]))
+        except IntegrityError as error:
+            raise self._shield.distrust(error) from None
 
 
 def _guards(

@@ -79,10 +79,10 @@ def test_the_size_grows_with_what_it_is_made_of(demo_model: Path) -> None:
     after, large = lines(kv_memory="1G", mask_memory="2G", threads=8, lanes=4)
     assert after["keys and values"] - before["keys and values"] == (1024 - 64) << 20
     assert after["masks and their weights"] - before["masks and their weights"] == (2048 - 128) << 20
-    once = 1024 * 8 * 3072  # one block is checked at a time, whatever the number of lanes
-    assert after["working memory"] - once == 2 * (before["working memory"] - once)
+    checked = 128 * 8 * 3072  # by each thread at a time, whatever the number of lanes
+    assert after["working memory"] - 8 * checked == 2 * (before["working memory"] - 2 * checked)
     assert after["embedding"] == before["embedding"] == 49152 * 576 * 4
-    assert large.max_threads - small.max_threads == 3 * (8 - 2)
+    assert large.max_threads - small.max_threads == 4 * (8 - 2)  # three teams of OpenMP's, and rows
     slots = 2 * 2 * 2 * 1024 * 3072 * 4  # outside, unless tensors travel as messages
     assert (before["slots"], small.outside) == (0, slots)
     inside, messages = lines(transport="binary")

@@ -128,7 +128,7 @@ def guards(peer: Peer) -> dict[Matrix, Guard]:
 
 async def exchange(peer: Peer, guards: dict[Matrix, Guard], pads: PeerPads, x: Words, out: Words) -> None:
     """One block of a call, with an honest GPU side."""
-    sealed = await Shield(guards, pads, 8, CAUGHT_EITHER).seal(*MATRIX, (x,), (out,))
+    sealed = await Shield(guards, pads, 8, 1, CAUGHT_EITHER).seal(*MATRIX, (x,), (out,))
     answer = peer.product(MATRIX, sealed.inputs[0])
     sealed.sent()
     np.copyto(sealed.room[0], answer)

@@ -68,7 +68,7 @@ def test_the_faster_number_stays(one_s: float, all_s: float, faster: int) -> Non
     assert set(product.seen) == {faster}
 
 
-def test_each_number_of_rows_and_each_dtype_has_its_own() -> None:
+def test_each_shape_and_each_dtype_has_its_own() -> None:
     short = ShortThreads(ALL)
     few, many = Product(0.0002, 0.002), Product(0.002, 0.0002)
     steps(short, few, 2 * SAMPLES, rows=1)
