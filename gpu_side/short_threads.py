@@ -17,7 +17,7 @@ from asynctsqp.limits import DECODE_ROWS
 from gpu_side.executor import Program, Tensors, Times
 
 ONE = 1
-SAMPLES = 3  # of each product with each number of threads: their median counts
+SAMPLES = 9  # of each product with each number of threads: their median counts, and a short disturbance does not
 
 
 class ShortThreads:
