@@ -16,8 +16,9 @@ from tee_side.local_gpu import LocalGpuSide
 from tests.processes import ROOT, gone, tee_process, wait_until
 
 
-def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children() if "asynctsqp.gpu" in child.cmdline()]
+def local_gpu_sides() -> list[int]:
+    """Of this process; other tests' GPU sides, which they share, are started without --local."""
+    return [child.pid for child in psutil.Process().children() if "--local" in child.cmdline()]
 
 
 def test_a_command_starts_it_before_what_takes_seconds() -> None:
@@ -51,11 +52,11 @@ def test_it_starts_once(private_tmp: Path, tiny_model: Callable[[str], Path]) ->
     local = LocalGpuSide(str(tiny_model("gqa")), EngineOptions())
     try:
         local.start()
-        (pid,) = children()
+        (pid,) = local_gpu_sides()
         local.start()
         endpoint = local.endpoint()
         assert local.endpoint() == endpoint
-        assert children() == [pid]
+        assert local_gpu_sides() == [pid]
         assert Path(endpoint.removeprefix("ipc://")).is_socket()
     finally:
         local.stop()
@@ -65,13 +66,15 @@ def test_it_starts_once(private_tmp: Path, tiny_model: Callable[[str], Path]) ->
 
 def test_it_stops_in_the_middle_of_its_start(private_tmp: Path, tiny_model: Callable[[str], Path]) -> None:
     local = LocalGpuSide(str(tiny_model("gqa")), EngineOptions())
-    local.start()
-    (pid,) = children()
-    local.stop()
+    try:
+        local.start()
+        (pid,) = local_gpu_sides()
+    finally:
+        local.stop()
     assert gone(pid)
     assert not list(private_tmp.glob("asynctsqp-*"))
     local.start()
-    assert not children(), "it was stopped for good"
+    assert not local_gpu_sides(), "it was stopped for good"
     with pytest.raises(EngineClosed):
         local.endpoint()
 
@@ -82,6 +85,6 @@ def test_why_it_did_not_come_up(tmp_path: Path) -> None:
         local.start()
         with pytest.raises(BadInputError, match=r"config\.json"):
             local.endpoint()
-        assert not children()
+        assert not local_gpu_sides()
     finally:
         local.stop()
