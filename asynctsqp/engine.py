@@ -71,8 +71,7 @@ class Engine:
         self._report = report
         self._thread: LoopThread | None = None
         self._pipeline: Pipeline | None = None
-        self._started = started
-        self._local: LocalGpuSide | None = None
+        self._local = started
         self.clock: ClockOffset | None = None  # of the trace, once it has been written
 
     @classmethod
@@ -219,8 +218,7 @@ class Engine:
     def _endpoint(self, checkpoint: Checkpoint) -> Callable[[], Awaitable[str]]:
         if self._gpu is not None:
             return _fixed(self._gpu)
-        local = self._local = self._started or LocalGpuSide(checkpoint.model, self.options)
-        self._started = None
+        local = self._local = self._local or LocalGpuSide(checkpoint.model, self.options)
 
         async def endpoint() -> str:
             return await asyncio.to_thread(local.endpoint)
@@ -232,8 +230,9 @@ class Engine:
         pipeline, self._pipeline = self._pipeline, None
         if thread is None:
             return
+        local, self._local = self._local, None
         try:
-            self.clock = await thread.run(_shut_down(pipeline, self._local))
+            self.clock = await thread.run(_shut_down(pipeline, local))
         finally:
             await asyncio.to_thread(thread.stop)
 

@@ -65,6 +65,20 @@ class TeeProcess:
         """The GPU side that it started."""
         return next(child for child in psutil.Process(self.pid).children() if "asynctsqp.gpu" in child.cmdline())
 
+    def wait_for_local_gpu(self) -> int:
+        """Its id, as soon as there is one: it does not listen yet."""
+        found: list[int] = []
+
+        def started() -> bool:
+            try:
+                found.append(self.local_gpu().pid)
+            except StopIteration:
+                return False
+            return True
+
+        assert wait_until(started, 20), "no GPU side was started"
+        return found[0]
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 

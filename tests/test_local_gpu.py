@@ -13,7 +13,7 @@ import pytest
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, EngineClosed
 from tee_side.local_gpu import LocalGpuSide
-from tests.processes import ROOT, gone, tee_process, wait_until
+from tests.processes import ROOT, gone, tee_process
 
 
 def local_gpu_sides() -> list[int]:
@@ -30,22 +30,9 @@ def test_a_command_starts_it_before_what_takes_seconds() -> None:
 def test_the_one_that_a_command_started_early_is_the_one_it_asks(tiny_model: Callable[[str], Path]) -> None:
     flags = ("--prompt", "Once", "--max-new-tokens", "400", "--temperature", "0", "--ignore-eos")
     with tee_process("--model", str(tiny_model("gqa")), *flags) as tee:
-        early: set[int] = set()
-
-        def started() -> bool:
-            early.update(child.pid for child in psutil.Process(tee.pid).children() if _is_gpu_side(child))
-            return bool(early)
-
-        assert wait_until(started, 20)
+        early = tee.wait_for_local_gpu()
         tee.wait_for_text()
-        assert early == {tee.local_gpu().pid}
-
-
-def _is_gpu_side(process: psutil.Process) -> bool:
-    try:
-        return "asynctsqp.gpu" in process.cmdline()
-    except psutil.Error:
-        return False
+        assert [child.pid for child in psutil.Process(tee.pid).children()] == [early]
 
 
 def test_it_starts_once(private_tmp: Path, tiny_model: Callable[[str], Path]) -> None:

@@ -50,19 +50,10 @@ def test_interrupted_while_the_gpu_side_starts(
     number: int, private_tmp: Path, tiny_model: Callable[[str], Path]
 ) -> None:
     with tee_process("--model", str(tiny_model("gqa")), *FLAGS) as tee:
-        children: list[int] = []
-
-        def started() -> bool:
-            try:
-                children.append(tee.local_gpu().pid)
-            except StopIteration:
-                return False
-            return True
-
-        assert wait_until(started, 20)
+        local = tee.wait_for_local_gpu()
         tee.signal(number)
         assert_interrupted(tee, private_tmp)
-        assert gone(children[0])
+        assert gone(local)
 
 
 @BOTH
