@@ -6,7 +6,7 @@ Query heads that share a key head are a group: heads = kv_heads * group. Nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tee_side.arrays import Rows
 SMALL = 1 << 17
 
 Run = tuple[Rows, Rows]  # keys and values, [kv_heads, keys, head_dim] each: views
+Attend = Callable[[Rows, Sequence[Run], Run], Rows]  # `attend`, or what takes its place
 
 
 def attend(q: Rows, before: Sequence[Run], own: Run) -> Rows:

@@ -13,6 +13,7 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
+from tee_side.attention import Attend
 from tee_side.kv_cache import ALL, KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
@@ -63,6 +64,7 @@ class Enclave:
         parts: Sequence[tuple[RunningSequence, int]],
         wanted: Tokens,
         pace: Pace,
+        attend: Attend,
     ) -> None:
         """parts: sequences, and how many tokens of each are next. Their places in the KV caches are taken here.
 
@@ -72,6 +74,7 @@ class Enclave:
         self._spec = spec
         self._weights = weights
         self._pace = pace
+        self._attend = attend
         self._parts: list[_Part] = []
         angles: list[Angles] = []
         start = 0
@@ -183,7 +186,8 @@ class Enclave:
 
     def attention(self, layer: int, part: _Part, q: Rows, kv_heads: slice) -> Rows:
         """One sequence's queries of some heads, to all its keys -> context, like q: [queries, heads, head_dim]."""
-        return part.cache.attend(layer, part.span, q, kv_heads)
+        *before, own = part.cache.runs(layer, part.span, kv_heads)
+        return self._attend(q, before, own)
 
 
 def _one(index: int) -> slice:

@@ -22,7 +22,7 @@ import numpy as np
 from asynctsqp.errors import PromptError
 from asynctsqp.model_spec import ModelSpec
 from tee_side.arrays import Rows
-from tee_side.attention import Run, attend
+from tee_side.attention import Run
 
 BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 1024
@@ -154,14 +154,6 @@ class KVCache:
             if not turn.done():
                 turn.set_result(None)
 
-    def attend(self, layer: int, span: Span, q: Rows, kv_heads: slice = ALL) -> Rows:
-        """Attends to the span's keys and values, which are stored, and to all before them.
-
-        q: [queries, heads, head_dim] of the span's last tokens, of those heads that share kv_heads -> context, like q.
-        """
-        *before, own = self._runs(layer, span, kv_heads)
-        return attend(q, before, own)
-
     def store(self, layer: int, span: Span, k: Rows, v: Rows) -> None:
         """k, v: [n, kv_heads, head_dim] of the span's tokens."""
         block, end = self._blocks[span.block], span.start + span.length
@@ -175,15 +167,15 @@ class KVCache:
 
     def past(self, layer: int, span: Span) -> Run:
         """Keys and values of all tokens up to the span's last: [kv_heads, tokens, head_dim] each."""
-        runs = self._runs(layer, span)
+        runs = self.runs(layer, span)
         if len(runs) == 1:
             return runs[0]
         return np.concatenate([keys for keys, _ in runs], axis=1), np.concatenate(
             [values for _, values in runs], axis=1
         )
 
-    def _runs(self, layer: int, span: Span, kv_heads: slice = ALL) -> list[Run]:
-        """The same, block by block: views."""
+    def runs(self, layer: int, span: Span, kv_heads: slice = ALL) -> list[Run]:
+        """The same of some heads, block by block: views."""
         past = self._blocks[: span.block]
         own, end = self._blocks[span.block], span.start + span.length
         return [

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from asynctsqp.errors import EngineClosed
 from asynctsqp.model_spec import ModelSpec, Op
 from tee_side.arrays import Rows, Tokens
+from tee_side.attention import Attend
 from tee_side.enclave import Enclave, RunningSequence
 from tee_side.kv_cache import KVCache
 from tee_side.pace import Pace
@@ -23,11 +24,18 @@ class Model:
     """The TEE side's half of a LLaMA."""
 
     def __init__(
-        self, spec: ModelSpec, config: LlamaConfig, weights: Weights, partition: Partition, recorder: Recorder | None
+        self,
+        spec: ModelSpec,
+        config: LlamaConfig,
+        weights: Weights,
+        partition: Partition,
+        attend: Attend,
+        recorder: Recorder | None,
     ) -> None:
         self._spec = spec
         self._weights = weights
         self._partition = partition
+        self._attend = attend
         self._ropes = Ropes(config)
         self._recorder = recorder
         self._pace = Pace()
@@ -40,7 +48,7 @@ class Model:
 
         wanted: indices of those after which the scores are wanted.
         """
-        tee = Enclave(self._spec, self._weights, parts, wanted, self._pace)
+        tee = Enclave(self._spec, self._weights, parts, wanted, self._pace, self._attend)
         if self._recorder is not None:
             self._recorder.watch(tee, lane)
         return tee

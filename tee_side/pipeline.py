@@ -34,6 +34,7 @@ from tee_side.recorder import Recorder
 from tee_side.request import Piece, Progress
 from tee_side.room import Room, check_keys, policy
 from tee_side.rope import Ropes
+from tee_side.rounded_attention import attention_in
 from tee_side.sampler import Sampler, end_tokens, generation_config
 from tee_side.scheduler import Scheduler
 from tee_side.scores import Scorer, TokenScore
@@ -70,7 +71,8 @@ class Pipeline:
         self._end = end_tokens(self._defaults, config)
         self._memory = KVMemory(spec, options.kv_memory or _quarter_of_memory())
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
-        self._model = Model(spec, config, weights, PARTITIONS[options.partition], recorder)
+        attend = attention_in(options.dtype)
+        self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, recorder)
         scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]
         note = None if recorder is None else recorder.note
