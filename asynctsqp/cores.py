@@ -21,19 +21,18 @@ def default_threads() -> int:
 def openmp(gpu_threads: int | None = None) -> dict[str, str]:
     """OpenMP's environment (GNU's, which torch's wheels carry) for either side; a user's own setting comes first.
 
-    Idle threads spin for some microseconds, so that a decode step's many short products do not pay a wake-up each,
-    and then sleep: the other side may need the core. On few cores they sleep at once, because it does.
+    Idle threads spin for some microseconds, so that what follows does not pay a wake-up, and then sleep: the other side
+    may need the core.
 
     gpu_threads: on a GPU side with a thread for each of few cores the threads are bound to them. The TEE side's
     polling then yields its core to the product's thread there; unbound, the scheduler takes the polled core for taken
     and runs two of the product's threads on another.
     """
-    few = len(cores()) <= FEW
     settings = {
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0" if few else "1000",
+        "GOMP_SPINCOUNT": "1000",
         "OPENBLAS_NUM_THREADS": "1",  # numpy's products here are too small for more
     }
-    if few and gpu_threads == len(cores()):
+    if gpu_threads == len(cores()) <= FEW:
         settings["GOMP_CPU_AFFINITY"] = " ".join(map(str, cores()))
     return settings | os.environ

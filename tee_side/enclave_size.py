@@ -28,6 +28,7 @@ from asynctsqp.quantize import BLOCK
 from asynctsqp.tensor_codec import wire_dtype
 from tee_side.freivalds import COLUMNS
 from tee_side.room import DEFAULT_CHUNK_TOKENS, Room
+from tee_side.rounded_attention import SCORES
 from tee_side.row_threads import PIECE
 from tee_side.tokenizer import Tokenizer
 
@@ -170,7 +171,8 @@ def _reading(checkpoint: Checkpoint, options: EngineOptions, largest: int) -> Li
 def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     """A chunk on each lane: x in float32 and float64, as words, its mask; y as words, the mask's product, in float32.
 
-    What is checked is in float64, some rows on each thread. A batch of decodes has scores.
+    What is checked is in float64, some rows on each thread. A batch of decodes has scores. One attention at a time is
+    computed in bfloat16: its scores, and the keys and values so far.
     """
     rows = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
     x_bytes, y_bytes = 3 * WORD + DOUBLE, 3 * WORD
@@ -179,11 +181,12 @@ def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     widest = max(of_row.values()) + y_bytes * spec.hidden_size
     checked = DOUBLE * max(linear.out_features for op, linear in spec.linears.items() if op != Op.LM_HEAD)
     pieces = PIECE * (options.threads or THREADS)
-    size = room.lanes * (rows * widest + DECODE_ROWS * scores) + pieces * checked
+    attended = 2 * (SCORES + 2 * spec.kv_heads * spec.head_dim * spec.max_positions)
+    size = room.lanes * (rows * widest + DECODE_ROWS * scores) + pieces * checked + attended
     return Line(
         "working memory",
         size,
-        f"{room.lanes} lanes x ({rows} x {widest} + {DECODE_ROWS} x {scores}) + {pieces} x {checked}",
+        f"{room.lanes} lanes x ({rows} x {widest} + {DECODE_ROWS} x {scores}) + {pieces} x {checked} + {attended}",
     )
 
 

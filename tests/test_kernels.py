@@ -86,7 +86,7 @@ def test_a_pass_does_not_warn_of_an_overflow_on_the_way_to_zero(kernels: ModuleT
         return kernels.silu_mul(gate_up)[:0]  # and no scores are wanted
 
     none: Any = mock.Mock(vocab_size=1)
-    model = Model(none, LlamaConfig(), none, partition, None)
+    model = Model(none, LlamaConfig(), none, partition, none, None)
     asyncio.run(model.forward(none, none, none))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from asynctsqp.errors import PromptError
 from asynctsqp.model_spec import ModelSpec
+from tee_side.attention import attend
 from tee_side.kv_cache import KVCache, KVMemory
 
 SPEC = ModelSpec(
@@ -59,9 +60,11 @@ def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], 
         span = cache.extend(length)
         assert span.position == start
         cache.store(1, span, k[rows].numpy(), v[rows].numpy())
-        outputs.append(torch.from_numpy(cache.attend(1, span, q[rows].numpy())).flatten(1))
+        *before, own = cache.runs(1, span)
+        outputs.append(torch.from_numpy(attend(q[rows].numpy(), before, own)).flatten(1))
         last = q[rows][:, -group:].numpy()
-        of_heads.append(torch.from_numpy(cache.attend(1, span, last, slice(SPEC.kv_heads - 1, SPEC.kv_heads))))
+        *before, own = cache.runs(1, span, slice(SPEC.kv_heads - 1, SPEC.kv_heads))
+        of_heads.append(torch.from_numpy(attend(last, before, own)))
         start += length
     exact = plain_attention(q, k, v)
     torch.testing.assert_close(torch.cat(outputs).double(), exact, rtol=1e-5, atol=1e-5)
