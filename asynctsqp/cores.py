@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 FEW = 3  # cores up to which neither side can leave one to the other's polling
 
 
@@ -28,11 +31,22 @@ def openmp(gpu_threads: int | None = None) -> dict[str, str]:
     polling then yields its core to the product's thread there; unbound, the scheduler takes the polled core for taken
     and runs two of the product's threads on another.
     """
-    settings = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "1000",
-        "OPENBLAS_NUM_THREADS": "1",  # numpy's products here are too small for more
-    }
+    settings = WAITING | {"OPENBLAS_NUM_THREADS": "1"}  # numpy's products here are too small for more
     if gpu_threads == len(cores()) <= FEW:
         settings["GOMP_CPU_AFFINITY"] = " ".join(map(str, cores()))
     return settings | os.environ
+
+
+@contextlib.contextmanager
+def idle_threads_sleep() -> Iterator[None]:
+    """While torch is imported into somebody else's process: how its idle threads wait, and nothing that stays.
+
+    The environment is read then, once; where torch has been imported before, it is as it is.
+    """
+    added = {name: value for name, value in WAITING.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -24,7 +24,6 @@ from asynctsqp.endpoints import check_apart, check_endpoint
 from asynctsqp.errors import AsynctsqpError, EngineClosed
 from asynctsqp.filling import Report, silent
 from asynctsqp.loop_thread import LOOPS, LoopThread
-from asynctsqp.memory import keep_freed
 from asynctsqp.reports.clock import ClockOffset
 from tee_side.local_gpu import LocalGpuSide
 from tee_side.meter import ROUND_TRIP_BOUNDS, Meter
@@ -92,7 +91,6 @@ class Engine:
         if self._thread is not None:
             raise EngineClosed("this engine is running already")
         threads = self.options.threads or default_threads()
-        keep_freed()
         self._thread = LoopThread("asynctsqp", threads, LOOPS[self.options.loop])
         try:
             self._pipeline = await self._thread.run(self._open(threads))

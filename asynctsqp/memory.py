@@ -16,7 +16,8 @@ CGROUP_FILES = {
     1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
 
-KEPT = 64 << 20  # bytes of free memory at the heap's end; half of it is the largest block that glibc keeps in the heap
+KEPT = 256 << 20  # bytes of free memory at the heap's end
+LARGEST = 32 << 20  # bytes of a block in the heap: glibc's own limit
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 
@@ -82,11 +83,12 @@ def keep_freed() -> None:
     """Tells the allocator to keep what is freed for what is asked for next, in one place for all threads.
 
     By itself glibc gives a prompt's large activations back to the system each time, from a thread's own arena above
-    all, and the system zeroes the same pages anew for the next layer. For threads that start afterwards.
+    all, and the system zeroes the same pages anew for the next layer. To be called before there are other threads:
+    those of numpy's library have arenas of their own, which later threads share.
     """
     with contextlib.suppress(AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, KEPT // 2), (M_TRIM_THRESHOLD, KEPT)):
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, KEPT)):
             mallopt(parameter, value)
 
 

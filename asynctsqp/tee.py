@@ -29,6 +29,7 @@ from asynctsqp.cores import openmp
 from asynctsqp.ending import ended
 from asynctsqp.endpoints import check_apart, check_endpoint
 from asynctsqp.errors import BadInputError, PromptError
+from asynctsqp.memory import keep_freed
 from asynctsqp.service.options import Address, ServiceOptions
 from tee_side.local_gpu import LocalGpuSide
 
@@ -140,6 +141,7 @@ def _text(arguments: argparse.Namespace) -> str:
 
 def _run(arguments: argparse.Namespace) -> None:
     os.environ |= openmp()
+    keep_freed()
     with _gpu_side(arguments) as arguments.gpu_side:
         from asynctsqp import command  # takes seconds: after the arguments have been checked
 

@@ -14,10 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-# As the commands set it: read when torch is imported. Otherwise this process's idle threads keep the cores busy
-# while a GPU side would compute.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from asynctsqp import Engine
 from tests import models
 from tests.clients import GoodTee
