@@ -71,7 +71,7 @@ class Pipeline:
         self._end = end_tokens(self._defaults, config)
         self._memory = KVMemory(spec, options.kv_memory or _quarter_of_memory())
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
-        attend = attention_in(options.dtype)
+        attend = attention_in(wire_dtype(options.dtype, sealer.weight_bits))
         self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, recorder)
         scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]

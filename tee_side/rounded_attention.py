@@ -20,9 +20,9 @@ QUERIES = 128  # at a time
 SCORES = 1 << 22  # of them at a time, at most: 8 MiB
 
 
-def attention_in(dtype: str) -> Attend:
-    """What attention is computed with where calls are in this dtype."""
-    return attend_rounded if dtype == "bfloat16" and torch.cpu._is_avx512_bf16_supported() else attend
+def attention_in(dtype: torch.dtype) -> Attend:
+    """What attention is computed with where calls are in this dtype. Sealed ones are in int32: exact inputs."""
+    return attend_rounded if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else attend
 
 
 def attend_rounded(q: Rows, before: Sequence[Run], own: Run) -> Rows:

@@ -105,10 +105,10 @@ def test_scores_are_never_more_than_are_allowed(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("supported", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32])
 def test_only_bfloat16_is_rounded_to_it_and_only_where_a_processor_multiplies_it(
-    dtype: str, supported: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, supported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    expected = attend_rounded if dtype == "bfloat16" and supported else attend
+    expected = attend_rounded if dtype == torch.bfloat16 and supported else attend
     assert attention_in(dtype) is expected
