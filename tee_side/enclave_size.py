@@ -171,8 +171,8 @@ def _reading(checkpoint: Checkpoint, options: EngineOptions, largest: int) -> Li
 def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     """A chunk on each lane: x in float32 and float64, as words, its mask; y as words, the mask's product, in float32.
 
-    What is checked is in float64, some rows on each thread. A batch of decodes has scores. One attention at a time is
-    computed in bfloat16: its scores, and the keys and values so far.
+    What is checked is in float64, some rows on each thread. A batch of decodes has scores. Attention in bfloat16
+    (rounded_attention.py), one at a time, has its own scores, and the keys and values so far.
     """
     rows = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
     x_bytes, y_bytes = 3 * WORD + DOUBLE, 3 * WORD
@@ -181,7 +181,8 @@ def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     widest = max(of_row.values()) + y_bytes * spec.hidden_size
     checked = DOUBLE * max(linear.out_features for op, linear in spec.linears.items() if op != Op.LM_HEAD)
     pieces = PIECE * (options.threads or THREADS)
-    attended = 2 * (SCORES + 2 * spec.kv_heads * spec.head_dim * spec.max_positions)
+    rounded = options.dtype == "bfloat16" and options.protect == "none"
+    attended = 2 * (SCORES + 2 * spec.kv_heads * spec.head_dim * spec.max_positions) if rounded else 0
     size = room.lanes * (rows * widest + DECODE_ROWS * scores) + pieces * checked + attended
     return Line(
         "working memory",

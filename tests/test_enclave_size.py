@@ -83,6 +83,9 @@ def test_the_size_grows_with_what_it_is_made_of(demo_model: Path) -> None:
     assert after["working memory"] - 8 * checked == 2 * (before["working memory"] - 2 * checked)
     assert after["embedding"] == before["embedding"] == 49152 * 576 * 4
     assert large.max_threads - small.max_threads == 4 * (8 - 2)  # three teams of OpenMP's, and rows
+    bare = {"protect": "none", "mask_memory": None}
+    float32, bfloat16 = (lines(dtype=dtype, **bare)[0]["working memory"] for dtype in ("float32", "bfloat16"))
+    assert bfloat16 - float32 == 2 * ((1 << 22) + 2 * 3 * 64 * 8192)  # an attention's scores, keys and values
     slots = 2 * 2 * 2 * 1024 * 3072 * 4  # outside, unless tensors travel as messages
     assert (before["slots"], small.outside) == (0, slots)
     inside, messages = lines(transport="binary")
