@@ -5,6 +5,7 @@ The public names are loaded on first use: both sides import this package, and ne
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ _IN_ENGINE = {"Alternative", "Completion", "Engine", "Piece", "TokenScore"}
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    from asynctsqp.cores import idle_threads_sleep
-    from asynctsqp.memory import keep_freed
+    if name in _IN_ENGINE and "asynctsqp.engine" not in sys.modules:
+        from asynctsqp.cores import idle_threads_sleep
+        from asynctsqp.memory import keep_freed
 
-    if name in _IN_ENGINE:
         keep_freed()
         with idle_threads_sleep():
-            return getattr(import_module("asynctsqp.engine"), name)
+            import_module("asynctsqp.engine")
     if name in __all__:
-        return getattr(import_module("asynctsqp.errors"), name)
+        return getattr(import_module("asynctsqp.engine" if name in _IN_ENGINE else "asynctsqp.errors"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
