@@ -147,6 +147,10 @@ class Doorbell:
             messages.append(message)
         return messages
 
+    def waiting(self) -> bool:
+        """Whether a message is here that nobody has received."""
+        return self._incoming.waiting()
+
     def wake(self) -> None:
         """The other side's Wake has come."""
         self._woken.set()

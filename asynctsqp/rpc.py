@@ -169,6 +169,11 @@ class Connection:
                 )
         return reply.result()[0]
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer is known to be here that nobody has read; of those in messages, none is."""
+        return self.lost is None and self._doorbell is not None and self._doorbell.waiting()
+
     def check(self) -> None:
         """Raises what the connection was lost to, if it was."""
         if self.lost is not None:

@@ -44,7 +44,7 @@ def pairs() -> dict[str, tuple[Kernel, Kernel]]:
     x, weight, gate_up = rows(1, HIDDEN), rows(HIDDEN), rows(1, 2 * INTERMEDIATE)
     heads, cos, sin = rows(1, HEADS + KV_HEADS, HEAD_DIM), rows(1, 1, HEAD_DIM), rows(1, 1, HEAD_DIM)
     q, run = rows(1, HEADS, HEAD_DIM), (rows(KV_HEADS, KEYS, HEAD_DIM), rows(KV_HEADS, KEYS, HEAD_DIM))
-    grouped = q.reshape(KV_HEADS, -1, 1, HEAD_DIM)
+    tensors = [torch.from_numpy(part) for part in (q.reshape(KV_HEADS, -1, HEAD_DIM), *run)]
     zero = np.zeros_like(x)
     return {
         "rms_norm": (
@@ -53,8 +53,8 @@ def pairs() -> dict[str, tuple[Kernel, Kernel]]:
         ),
         "rotate": (lambda: few_rows.rotate(heads, cos, sin), lambda: many_rows.rotate(heads, cos, sin)),
         "attend": (
-            lambda: attention.attend(q, [], run),
-            lambda: attention.merge([attention.flash(grouped, run, causal=False)]),
+            lambda: list(attention.attend(q, [], run, whole=True)),
+            lambda: attention.merge([attention.flash_of_one(*tensors)]),
         ),
         "silu_mul": (lambda: few_rows.silu_mul(gate_up), lambda: many_rows.silu_mul(gate_up)),
         "add": (lambda: few_rows.add(x, zero), lambda: many_rows.add(x, zero)),

@@ -6,7 +6,8 @@ Query heads that share a key head are a group: heads = kv_heads * group. Nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,34 +18,45 @@ from tee_side.arrays import Rows
 SMALL = 1 << 17
 
 Run = tuple[Rows, Rows]  # keys and values, [kv_heads, keys, head_dim] each: views
-Attend = Callable[[Rows, Sequence[Run], Run], Rows]  # `attend`, or what takes its place
+Steps = Iterator[Rows | None]  # None as often as there is more to do, and last the context
+Part = tuple[torch.Tensor, torch.Tensor]  # the context of one run, and the log-sum-exp of its scores
 
 
-def attend(q: Rows, before: Sequence[Run], own: Run) -> Rows:
-    """q: [n, heads, head_dim]; own: the run that ends with the queries' own n keys -> like q.
+class Attend(Protocol):
+    """`attend`, or what takes its place."""
 
-    Query i sees all runs before and, of its own, the keys up to its own.
+    def __call__(self, q: Rows, before: Sequence[Run], own: Run, whole: bool) -> Steps: ...
+
+
+def attend(q: Rows, before: Sequence[Run], own: Run, whole: bool) -> Steps:
+    """q: [n, heads, head_dim]; own: the run that ends with the queries' own n keys -> context, like q, step by step.
+
+    Query i sees all runs before and, of its own, the keys up to its own. whole: in one step, or else in one for
+    each key head and run.
     """
-    queries, heads, head_dim = q.shape
+    queries, _, head_dim = q.shape
     kv_heads = len(own[0])
     if not queries:
-        return q
-    if queries == 1:
-        return _single(q.reshape(kv_heads, heads // kv_heads, head_dim), [*before, own]).reshape(q.shape)
-    grouped = q.reshape(queries, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-    first = own[0].shape[1] - queries
-    parts = [flash(grouped, run, causal=False) for run in before]
-    if first:
-        parts.append(flash(grouped, _slice(own, slice(first)), causal=False))
-    parts.append(flash(grouped, _slice(own, slice(first, None)), causal=True))
-    return merge(parts).permute(2, 0, 1, 3).reshape(q.shape).numpy()
+        yield q
+    elif queries == 1:
+        yield _single(q.reshape(kv_heads, -1, head_dim), [*before, own]).reshape(q.shape)
+    else:
+        grouped = q.reshape(queries, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+        first = own[0].shape[1] - queries
+        past = [*before, _slice(own, slice(first))] if first else before
+        parts = []
+        for run, causal in [*((run, False) for run in past), (_slice(own, slice(first, None)), True)]:
+            part = yield from _flash_by_heads(grouped, run, causal, whole)
+            parts.append(part)
+        yield merge(parts).permute(2, 0, 1, 3).reshape(q.shape).numpy()
 
 
 def _single(q: Rows, runs: Sequence[Run]) -> Rows:
     """q: [kv_heads, group, head_dim] -> the same."""
     if sum(keys.size for keys, _ in runs) <= SMALL:
         return _softmax_of_scores(q, runs)
-    return merge([flash(q[:, :, None], run, causal=False) for run in runs]).numpy().reshape(q.shape)
+    parts = [flash_of_one(torch.from_numpy(q), *_tensors(run)) for run in runs]
+    return merge(parts).numpy().reshape(q.shape)
 
 
 def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:
@@ -66,32 +78,41 @@ def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:
     return context
 
 
-def flash(q: Rows, run: Run, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention to one run of keys, without materialising the scores.
+def flash_of_one(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Part:
+    """Flash attention of a single query, without materialising the scores. q: [kv_heads, group, head_dim].
 
-    q: [kv_heads, group, queries, head_dim] -> (context [kv_heads, group, queries, head_dim], log-sum-exp of the
-    scores [kv_heads, group, queries]). causal: query i sees keys 0..i (needs queries == keys).
-
-    The key heads are shared by a group of query heads through a stride of zero. A single query has its group folded
-    into the query axis instead, which turns `group` passes over the past into one.
+    The group takes the place of the queries, which turns `group` passes over the past into one.
     """
-    kv_heads, group, queries, head_dim = q.shape
-    rows, keys, values = torch.from_numpy(q), torch.from_numpy(run[0]), torch.from_numpy(run[1])
-    if queries == 1:
-        folded = rows.reshape(1, kv_heads, group, head_dim)
-        context, weight = _flash(folded, keys.unsqueeze(0), values.unsqueeze(0))
-        return context.reshape(q.shape), weight.view(kv_heads, group, 1)
-    shape = (kv_heads, group, keys.shape[1], head_dim)
-    shared = keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape)
-    context, weight = _flash(rows, *shared, is_causal=causal)
+    context, weight = _flash(q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+    return context[0], weight[0]
+
+
+def _flash_by_heads(q: Rows, run: Run, causal: bool, whole: bool) -> Generator[None, None, Part]:
+    """Flash attention to one run of keys, one of its heads in each step, without materialising the scores.
+
+    q: [kv_heads, group, queries, head_dim] -> context, the same. causal: query i sees keys 0..i (queries == keys).
+    The key heads are shared by a group of query heads through a stride of zero.
+    """
+    kv_heads, group, _, head_dim = q.shape
+    rows, (keys, values) = torch.from_numpy(q), _tensors(run)
+    shared = (kv_heads, group, keys.shape[1], head_dim)
+    keys, values = keys.unsqueeze(1).expand(shared), values.unsqueeze(1).expand(shared)
+    if whole:
+        context, weight = _flash(rows, keys, values, is_causal=causal)
+        return context, weight
+    context, weight = torch.empty(q.shape), torch.empty(q.shape[:3])
+    for head in range(kv_heads):
+        one = slice(head, head + 1)
+        context[one], weight[one] = _flash(rows[one], keys[one], values[one], is_causal=causal)
+        yield
     return context, weight
 
 
-def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def merge(parts: Sequence[Part]) -> torch.Tensor:
     """One attention from the partial ones over disjoint runs of keys.
 
-    parts: (context, log-sum-exp) as `flash` returns them. Weights each context by its share of the softmax's
-    denominator (Dao et al., FlashAttention, 2022, section 3.1; the same rule as in flash decoding).
+    Weights each context by its share of the softmax's denominator (Dao et al., FlashAttention, 2022, section 3.1; the
+    same rule as in flash decoding).
     """
     if len(parts) == 1:
         return parts[0][0]
@@ -108,6 +129,11 @@ def probabilities(scores: Rows, head_dim: int) -> Rows:
         later = torch.ones(new, keys, dtype=torch.bool).triu(keys - new + 1)
         table.masked_fill_(later, -math.inf)
     return torch.softmax(table, dim=-1).numpy()
+
+
+def _tensors(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = run
+    return torch.from_numpy(keys), torch.from_numpy(values)
 
 
 def _slice(run: Run, keys: slice) -> Run:

@@ -13,13 +13,11 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
-from tee_side.attention import Attend
-from tee_side.kv_cache import ALL, KVCache, Span
+from tee_side.attention import Attend, Steps
+from tee_side.kv_cache import KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
 from tee_side.weights import Weights
-
-WHOLE = ((ALL, ALL),)  # heads of keys and of queries, all in one piece
 
 
 class Kernels(Protocol):
@@ -138,20 +136,14 @@ class Enclave:
                 if not is_stored:  # nobody will ask for these rows any more; the neighbours' are not concerned
                     contexts[start:end] = 0
                     continue
-                for kv_heads, heads in self._pieces(length):
-                    if self._pace.is_due():
-                        await self._pace.let_others()
-                    queries = q[part.rows.stop - length : part.rows.stop, heads]
-                    context = self.attention(layer, part, queries, kv_heads)
-                    self._kernels.put(contexts[start:end, heads], context)
+                *before, own = part.cache.runs(layer, part.span)
+                queries = q[part.rows.stop - length : part.rows.stop]
+                steps = self._attend(queries, before, own, self._pace.is_alone)
+                while (context := self.attention(steps)) is None:
+                    await self._pace.breathe()
+                self._kernels.put(contexts[start:end], context)
+                await self._pace.breathe()
         return contexts.reshape(len(contexts), self._spec.q_features)
-
-    def _pieces(self, queries: int) -> Sequence[tuple[slice, slice]]:
-        """Heads, of keys and of queries, whose attention is worth a turn of the loop by itself."""
-        if queries <= DECODE_ROWS or self._pace.is_alone:
-            return WHOLE
-        group = self._spec.heads // self._spec.kv_heads
-        return [(_one(head // group), _one(head)) for head in range(self._spec.heads)]
 
     async def _store(self, layer: int, part: _Part, k: Rows, v: Rows) -> bool:
         """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
@@ -184,11 +176,6 @@ class Enclave:
         q_and_k = self._kernels.rotate(heads[:, : spec.heads + spec.kv_heads], self._cos, self._sin)
         return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
 
-    def attention(self, layer: int, part: _Part, q: Rows, kv_heads: slice) -> Rows:
-        """One sequence's queries of some heads, to all its keys -> context, like q: [queries, heads, head_dim]."""
-        *before, own = part.cache.runs(layer, part.span, kv_heads)
-        return self._attend(q, before, own)
-
-
-def _one(index: int) -> slice:
-    return slice(index, index + 1)
+    def attention(self, steps: Steps) -> Rows | None:
+        """The next step of one sequence's attention; the last gives the context, like its queries."""
+        return next(steps)

@@ -26,7 +26,6 @@ from tee_side.attention import Run
 
 BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 1024
-ALL = slice(None)  # heads
 ANSWER_TOKENS = 256  # of the answer, that lie beside the prompt: a short answer never has a second block
 
 
@@ -174,16 +173,13 @@ class KVCache:
             [values for _, values in runs], axis=1
         )
 
-    def runs(self, layer: int, span: Span, kv_heads: slice = ALL) -> list[Run]:
-        """The same of some heads, block by block: views."""
+    def runs(self, layer: int, span: Span) -> list[Run]:
+        """The same, block by block: views."""
         past = self._blocks[: span.block]
         own, end = self._blocks[span.block], span.start + span.length
         return [
-            *(
-                (block.keys[layer, kv_heads, : block.used], block.values[layer, kv_heads, : block.used])
-                for block in past
-            ),
-            (own.keys[layer, kv_heads, :end], own.values[layer, kv_heads, :end]),
+            *((block.keys[layer, :, : block.used], block.values[layer, :, : block.used]) for block in past),
+            (own.keys[layer, :, :end], own.values[layer, :, :end]),
         ]
 
 

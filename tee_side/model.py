@@ -30,6 +30,7 @@ class Model:
         weights: Weights,
         partition: Partition,
         attend: Attend,
+        pace: Pace,
         recorder: Recorder | None,
     ) -> None:
         self._spec = spec
@@ -38,7 +39,7 @@ class Model:
         self._attend = attend
         self._ropes = Ropes(config)
         self._recorder = recorder
-        self._pace = Pace()
+        self._pace = pace
 
     def sequence(self, cache: KVCache, prompt_tokens: int) -> RunningSequence:
         return RunningSequence(cache, self._ropes.for_sequence(prompt_tokens))

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
-PIECE_S = 0.0005  # that others' short work waits, more or less
-TURNS = 2  # of the loop, until who waits for an answer that is here has gone on
+PIECE_S = 0.0005  # that others' short work waits, more or less, if nobody can tell that there is any
+TURNS = 3  # of the loop: whoever reads an answer that is here may be behind us, and then it is its lane's turn
 
 
 class Pace:
-    """Of one engine."""
+    """Of one engine. answered: whether an answer is known to have come that nobody has read."""
 
-    def __init__(self) -> None:
+    def __init__(self, answered: Callable[[], bool]) -> None:
+        self._answered = answered
         self._passes = 0
         self._long = asyncio.Lock()
         self._since = 0.0
@@ -45,9 +46,10 @@ class Pace:
         """Whether a single pass runs."""
         return self._passes <= 1
 
-    def is_due(self) -> bool:
-        """Whether others should have a turn before the next piece of what is long."""
-        return not self.is_alone and time.perf_counter() - self._since > PIECE_S
+    async def breathe(self) -> None:
+        """Between two pieces of what is long: gives others a turn if they need one."""
+        if not self.is_alone and (self._answered() or time.perf_counter() - self._since > PIECE_S):
+            await self.let_others()
 
     async def let_others(self) -> None:
         if not self.is_alone:

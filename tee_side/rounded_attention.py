@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from tee_side.arrays import Rows
-from tee_side.attention import Attend, Run, attend
+from tee_side.attention import Attend, Run, Steps, attend
 
 FEWEST = 16  # queries that are worth it
 QUERIES = 128  # at a time
@@ -25,14 +25,15 @@ def attention_in(dtype: torch.dtype) -> Attend:
     return attend_rounded if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else attend
 
 
-def attend_rounded(q: Rows, before: Sequence[Run], own: Run) -> Rows:
-    """As attention.attend."""
+def attend_rounded(q: Rows, before: Sequence[Run], own: Run, whole: bool) -> Steps:
+    """As attention.attend, but that each step is of some queries, in any case."""
     queries, heads, head_dim = q.shape
     runs = (*before, own)
     tokens = sum(keys.shape[1] for keys, _ in runs)
     step = min(QUERIES, SCORES // (heads * tokens))
     if min(queries, step) < FEWEST:
-        return attend(q, before, own)
+        yield from attend(q, before, own, whole)
+        return
     keys, values = (_rounded(parts) for parts in zip(*runs, strict=True))
     kv_heads = len(keys)
     grouped = torch.from_numpy(q).mul(head_dim**-0.5).bfloat16().view(queries, kv_heads, -1, head_dim)
@@ -43,7 +44,8 @@ def attend_rounded(q: Rows, before: Sequence[Run], own: Run) -> Rows:
         seen = tokens - queries + start + rows.shape[2]
         context = _attend(rows, keys[:, :seen], values[:, :seen], later)
         contexts[start : start + step] = context.permute(2, 0, 1, 3)
-    return contexts.view(q.shape).numpy()
+        yield None
+    yield contexts.view(q.shape).numpy()
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, later: torch.Tensor) -> torch.Tensor:

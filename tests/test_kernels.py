@@ -24,7 +24,10 @@ from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows
 from tee_side.attention import Run, attend
 from tee_side.model import Model
+from tee_side.pace import Pace
 from tee_side.rope import RopeTable
+from tests import textbook
+from tests.textbook import last
 
 both = pytest.mark.parametrize("kernels", [few_rows, many_rows], ids=["few", "many"])
 ROWS = [1, 2, 16, 17, 300]
@@ -86,7 +89,7 @@ def test_a_pass_does_not_warn_of_an_overflow_on_the_way_to_zero(kernels: ModuleT
         return kernels.silu_mul(gate_up)[:0]  # and no scores are wanted
 
     none: Any = mock.Mock(vocab_size=1)
-    model = Model(none, LlamaConfig(), none, partition, none, None)
+    model = Model(none, LlamaConfig(), none, partition, none, Pace(lambda: False), None)
     asyncio.run(model.forward(none, none, none))
 
 
@@ -111,17 +114,6 @@ def test_add_is_in_place(kernels: ModuleType) -> None:
     near(stream, x + y)
 
 
-def textbook(q: Rows, runs: list[Run]) -> torch.Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v in float64, all scores materialised; the queries are the last tokens."""
-    queries = torch.from_numpy(q).double().transpose(0, 1)
-    keys, values = (torch.from_numpy(np.concatenate(part, axis=1)).double() for part in zip(*runs, strict=True))
-    group = len(queries) // len(keys)
-    scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) / q.shape[-1] ** 0.5
-    later = torch.ones(scores.shape[-2:]).triu(scores.shape[-1] - len(q) + 1).bool()
-    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-    return (weights @ values.repeat_interleave(group, 0)).transpose(0, 1).flatten(1)
-
-
 def runs_of(lengths: list[int], kv_heads: int, seed: int, scale: float = 1.0) -> list[Run]:
     """Views of larger memory, as a block's runs are."""
     keys = (random(kv_heads, sum(lengths) + 64, HEAD_DIM, seed=seed) * scale).numpy()
@@ -137,10 +129,11 @@ def runs_of(lengths: list[int], kv_heads: int, seed: int, scale: float = 1.0) ->
     heads=st.sampled_from([(1, 1), (2, 1), (2, 3), (4, 2)]),
     small=st.sampled_from([0, 1 << 30]),
     scale=st.sampled_from([0.0, 1.0, 30.0]),
+    whole=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_attention_over_runs_is_the_textbook(
-    lengths: list[int], queries: int, heads: tuple[int, int], small: int, scale: float, seed: int
+    lengths: list[int], queries: int, heads: tuple[int, int], small: int, scale: float, whole: bool, seed: int
 ) -> None:
     """One query in numpy (all is small) and by flash and merge (nothing is); several, of which the run has some."""
     kv_heads, group = heads
@@ -150,9 +143,9 @@ def test_attention_over_runs_is_the_textbook(
     given_q = q.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SMALL", small)
-        found = attend(q, runs[:-1], runs[-1]).reshape(len(q), -1)
+        found = last(attend(q, runs[:-1], runs[-1], whole))
     # a score's rounding error grows with the score, and is the relative error of a weight
-    near(found, textbook(q, runs), rtol=1e-4, atol=1e-5 * max(1, scale))
+    near(found, textbook.attention(q, runs), rtol=1e-4, atol=1e-5 * max(1, scale))
     assert (q == given_q).all()
 
 
@@ -168,8 +161,18 @@ def test_either_side_of_small_is_the_textbook(parts: int, beyond: int, monkeypat
     lengths = [tokens // parts] * (parts - 1)
     runs = runs_of([*lengths, tokens - sum(lengths)], 2, seed=5)
     q = random(1, 6, HEAD_DIM, seed=7).numpy()
-    near(attend(q, runs[:-1], runs[-1]).reshape(1, -1), textbook(q, runs), rtol=1e-4, atol=1e-5)
+    near(last(attend(q, runs[:-1], runs[-1], whole=True)), textbook.attention(q, runs), rtol=1e-4, atol=1e-5)
     assert ways == ["merge" if beyond > 0 else "_softmax_of_scores"]
+
+
+@pytest.mark.parametrize("lengths", [[40], [64, 90]])
+def test_attention_by_key_heads_is_the_same_to_the_bit(lengths: list[int]) -> None:
+    """And others may have a turn after each key head of each run: the past ones', its own, those of the queries."""
+    runs = runs_of(lengths, 3, seed=8)
+    q = random(40, 6, HEAD_DIM, seed=9).numpy()
+    whole, *steps = attend(q, runs[:-1], runs[-1], whole=True), *attend(q, runs[:-1], runs[-1], whole=False)
+    assert (last(whole) == last(iter(steps))).all()
+    assert len(steps) == 3 * (1 if lengths == [40] else 3) + 1
 
 
 def test_probabilities_are_the_textbooks() -> None:

@@ -13,6 +13,8 @@ from asynctsqp.errors import PromptError
 from asynctsqp.model_spec import ModelSpec
 from tee_side.attention import attend
 from tee_side.kv_cache import KVCache, KVMemory
+from tests import textbook
+from tests.textbook import last
 
 SPEC = ModelSpec(
     hidden_size=48,
@@ -31,15 +33,6 @@ SPEC = ModelSpec(
 TOKEN_BYTES = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The textbook formula in float64, all scores materialised. q: [n, heads, d]; k, v: [n, kv_heads, d]."""
-    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(SPEC.heads // SPEC.kv_heads, dim=0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) / SPEC.head_dim**0.5
-    hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 90), min_size=1, max_size=8),
@@ -53,23 +46,18 @@ def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], 
     q = torch.randn(total, SPEC.heads, SPEC.head_dim, generator=generator)
     k, v = torch.randn(2, total, SPEC.kv_heads, SPEC.head_dim, generator=generator)
     cache = KVCache(SPEC, chunks[0], total)
-    outputs, of_heads, start = [], [], 0
-    group = SPEC.heads // SPEC.kv_heads
+    outputs, start = [], 0
     for length in lengths:
         rows = slice(start, start + length)
         span = cache.extend(length)
         assert span.position == start
         cache.store(1, span, k[rows].numpy(), v[rows].numpy())
         *before, own = cache.runs(1, span)
-        outputs.append(torch.from_numpy(attend(q[rows].numpy(), before, own)).flatten(1))
-        last = q[rows][:, -group:].numpy()
-        *before, own = cache.runs(1, span, slice(SPEC.kv_heads - 1, SPEC.kv_heads))
-        of_heads.append(torch.from_numpy(attend(last, before, own)))
+        outputs.append(torch.from_numpy(last(attend(q[rows].numpy(), before, own, whole=False))))
         start += length
-    exact = plain_attention(q, k, v)
+    everything = k.transpose(0, 1).numpy(), v.transpose(0, 1).numpy()
+    exact = textbook.attention(q.numpy(), [everything])
     torch.testing.assert_close(torch.cat(outputs).double(), exact, rtol=1e-5, atol=1e-5)
-    last_heads = exact.reshape(total, SPEC.heads, -1)[:, -group:]
-    torch.testing.assert_close(torch.cat(of_heads).double(), last_heads, rtol=1e-5, atol=1e-5)
 
 
 def test_a_growing_sequence_is_never_moved() -> None:

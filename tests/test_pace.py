@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from tee_side.pace import PIECE_S, Pace
+from tee_side.pace import PIECE_S, TURNS, Pace
 
 PIECES = 6
 
@@ -23,8 +23,7 @@ async def long_pass(pace: Pace, name: str, log: list[str]) -> None:
     with pace.running():
         async with pace.long():
             for _ in range(PIECES):
-                if pace.is_due():
-                    await pace.let_others()
+                await pace.breathe()
                 compute()
                 log.append(name)
 
@@ -39,7 +38,7 @@ def run(*passes: Coroutine[None, None, None]) -> None:
 
 def test_long_ones_come_one_after_the_other() -> None:
     log: list[str] = []
-    pace = Pace()
+    pace = Pace(lambda: False)
     run(*(long_pass(pace, name, log) for name in "abc"))
     assert log == [*"a" * PIECES, *"b" * PIECES, *"c" * PIECES]
 
@@ -47,7 +46,7 @@ def test_long_ones_come_one_after_the_other() -> None:
 def test_what_is_short_goes_between_the_pieces_of_what_is_long() -> None:
     """As a lane does whose answer is here: one turn for whoever reads it, one for the lane."""
     log: list[str] = []
-    pace = Pace()
+    pace = Pace(lambda: False)
 
     async def short_pass() -> None:
         with pace.running():
@@ -61,6 +60,35 @@ def test_what_is_short_goes_between_the_pieces_of_what_is_long() -> None:
     assert ("long", "long") not in pairwise(log)
 
 
+def test_an_answer_that_is_here_is_not_kept_waiting() -> None:
+    """Where it is known that there is one, nobody waits for a piece's time to be over; where not, nobody is asked."""
+    log: list[str] = []
+    here = [False, True, False, False]
+
+    def answered() -> bool:
+        log.append("asked")
+        return here[log.count("asked") - 1]
+
+    async def other() -> None:
+        with pace.running():
+            while log.count("asked") < len(here):
+                log.append("turn")
+                await asyncio.sleep(0)
+
+    async def pieces() -> None:
+        with pace.running():
+            async with pace.long():
+                log.clear()
+                for _ in here:
+                    await pace.breathe()
+
+    pace = Pace(answered)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tee_side.pace.PIECE_S", 1000)
+        run(other(), pieces())
+    assert log == ["asked", "asked", *["turn"] * TURNS, "asked", "asked"]
+
+
 def test_a_single_pass_gives_no_turn_away() -> None:
     log: list[str] = []
 
@@ -69,12 +97,12 @@ def test_a_single_pass_gives_no_turn_away() -> None:
             log.append("turn")
             await asyncio.sleep(0)
 
-    run(long_pass(Pace(), "long", log), bystander())
+    run(long_pass(Pace(lambda: False), "long", log), bystander())
     assert log[:PIECES] == ["long"] * PIECES
 
 
 def test_one_that_is_cancelled_or_fails_leaves_the_way_free() -> None:
-    pace = Pace()
+    pace = Pace(lambda: False)
 
     async def work() -> None:
         async def forever() -> None:

@@ -14,6 +14,8 @@ from tee_side import rounded_attention
 from tee_side.arrays import Rows
 from tee_side.attention import Run, attend
 from tee_side.rounded_attention import FEWEST, QUERIES, attend_rounded, attention_in
+from tests import textbook
+from tests.textbook import last
 
 HEAD_DIM = 16
 UNIT = 2.0**-8  # what bfloat16 rounds a number by, at most, as a part of it
@@ -30,17 +32,6 @@ def made(queries: int, lengths: Sequence[int], kv_heads: int, group: int, seed: 
     return random(queries, kv_heads * group, HEAD_DIM), runs
 
 
-def textbook(q: Rows, runs: Sequence[Run]) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> context, and how large the scores are."""
-    queries = torch.from_numpy(q).double().transpose(0, 1)
-    keys, values = (torch.from_numpy(np.concatenate(part, axis=1)).double() for part in zip(*runs, strict=True))
-    group = len(queries) // len(keys)
-    scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) / HEAD_DIM**0.5
-    later = torch.ones(scores.shape[-2:]).triu(scores.shape[-1] - len(q) + 1).bool()
-    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-    return (weights @ values.repeat_interleave(group, 0)).transpose(0, 1), scores.abs().max()
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     queries=st.integers(FEWEST, 3 * QUERIES),
@@ -54,8 +45,8 @@ def test_it_is_the_textbook_as_far_as_bfloat16_goes(
     lengths[-1] = max(lengths[-1], queries)
     q, runs = made(queries, lengths, *heads, seed)
     given_q = q.copy()
-    found = attend_rounded(q, runs[:-1], runs[-1])
-    expected, largest = textbook(q, runs)
+    found = last(attend_rounded(q, runs[:-1], runs[-1], whole=True))
+    expected, largest = textbook.attention(q, runs), textbook.scores(q, runs).abs().max()
     # a query and a score are rounded, which is the relative error of a weight; then the weight, and the result
     allowed = UNIT * (2 * float(largest) + 4) * max(1.0, float(expected.abs().max()))
     assert found.dtype == np.float32
@@ -68,10 +59,10 @@ def test_no_token_sees_a_later_one(changed: int) -> None:
     """To the bit: what a later token has for key and value changes nothing for those before it."""
     tokens = 2 * QUERIES + 10
     q, (run,) = made(tokens, [tokens], 2, 2, seed=1)
-    before = attend_rounded(q, [], run)
+    before = last(attend_rounded(q, [], run, whole=True))
     run[0][:, changed] += 3
     run[1][:, changed] += 3
-    after = attend_rounded(q, [], run)
+    after = last(attend_rounded(q, [], run, whole=True))
     assert (after[:changed] == before[:changed]).all()
     assert (after[changed] != before[changed]).any()
 
@@ -84,7 +75,7 @@ def test_few_queries_and_long_pasts_are_left_to_the_other_way(
     if most is not None:
         monkeypatch.setattr(rounded_attention, "SCORES", most)
     q, (run,) = made(queries, [50], 2, 2, seed=2)
-    assert (attend_rounded(q, [], run) == attend(q, [], run)).all()
+    assert (last(attend_rounded(q, [], run, whole=True)) == last(attend(q, [], run, whole=True))).all()
 
 
 def test_scores_are_never_more_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +89,10 @@ def test_scores_are_never_more_than_are_allowed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(rounded_attention.torch, "softmax", watched)
     monkeypatch.setattr(rounded_attention, "SCORES", 50_000)
     q, (run,) = made(300, [400], 2, 2, seed=3)
-    found = attend_rounded(q, [], run)
+    found = last(attend_rounded(q, [], run, whole=True))
     assert max(seen) <= 50_000
     assert len(seen) > 3
-    assert (torch.from_numpy(found) - textbook(q, [run])[0]).abs().max() < 0.1
+    assert (torch.from_numpy(found) - textbook.attention(q, [run])).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("supported", [True, False])
