@@ -12,7 +12,7 @@ time; --by calls gives each call the same, as where reading the weights does. Tw
 - prefill: a prompt of --prompt-tokens random tokens (1024), cut into chunks of --chunk-tokens (128), until the first
   token of its answer. Chunks are what the lanes have in flight.
 - decode: --sequences requests at once (16), prompts of 16 random tokens, until the last of the --steps tokens (16)
-  that follow each first one. The requests are shared out over the lanes.
+  that follow each first one. The requests are shared out over two lanes at most (tee_side/room.py).
 
 For each, first the TEE side's own time is measured: one lane, products that take no time. Messages, wake-ups and what
 the server does for a call are in it. Then the speed is set so that the device's time is as long, and rounds begin:
@@ -22,8 +22,8 @@ lane: what is above 1 there is lost to waking up, and makes the ratio to one lan
 unit, is the larger of the two times: nothing but the busier side is ever waited for.
 
 No schedule of few lanes need reach the ideal: a lane's steps are of different lengths, and two lanes that take turns
-wait for each other's longer ones. In decode more lanes are more batches, so more calls: more work for the TEE side, and
-with --by calls for the device too, whose time in all, `device` in the table, is what the ideal is made from.
+wait for each other's longer ones. In decode two lanes are two batches, so twice the calls: more work for the TEE side,
+and with --by calls for the device too, whose time in all, `device` in the table, is what the ideal is made from.
 
 Not measured: a GPU, its transfers, a network. A timer wakes the GPU side up; `late` is how long after the end of a
 product's time that was (median). The default of --threads leaves one core to the GPU side's polling. Rounds are taken

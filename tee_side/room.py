@@ -13,6 +13,8 @@ from tee_side.scheduler import Policy
 
 DEFAULT_LANES = 2
 DEFAULT_CHUNK_TOKENS = 1024
+GPU_CHUNK_TOKENS = 256  # there: a prompt is several chunks, one of which is computed there while another is here
+DECODE_LANES = 2  # at most: each more splits the same requests into more batches, and hides nothing more
 DEFAULT_SLOT_BYTES = 16 << 20
 MOST_PORTIONS = 64  # requests in one micro-batch
 # A call of attention scores is one call, as in the system that these partitions stand for, up to this size.
@@ -41,14 +43,16 @@ def policy(options: EngineOptions, room: Room, device: str) -> Policy:
     """How tokens are put together. device: of the GPU side.
 
     Where the products run on the CPU, two batches of decodes would read all weights twice, and one of more than
-    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here.
+    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here. The same
+    of chunks: on a CPU smaller ones only cost more.
     """
+    is_cpu = device == "cpu"
     alone = Op.QK in OPERATIONS[options.partition]
-    together = DECODE_ROWS if device == "cpu" else MOST_PORTIONS
+    together = DECODE_ROWS if is_cpu else MOST_PORTIONS
     return Policy(
-        chunk_tokens=options.chunk_tokens or DEFAULT_CHUNK_TOKENS,
+        chunk_tokens=options.chunk_tokens or (DEFAULT_CHUNK_TOKENS if is_cpu else GPU_CHUNK_TOKENS),
         most_portions=1 if alone else together,
-        decode_lanes=1 if device == "cpu" else room.lanes,
+        decode_lanes=1 if is_cpu else min(DECODE_LANES, room.lanes),
     )
 
 
