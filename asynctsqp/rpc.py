@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from asynctsqp.doorbell import LOOKS, Doorbell, Ring
+from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError, one_line
 from asynctsqp.messages import (
     MAX_FRAMES,
@@ -151,10 +151,13 @@ class Connection:
             self._called.set()
         return future
 
-    def use_doorbell(self, region: Region) -> None:
-        """From here on calls and their answers go through the region's rings; `close` lets go of the region."""
+    def use_doorbell(self, region: Region, looks: Callable[[], int]) -> None:
+        """From here on calls and their answers go through the region's rings; `close` lets go of the region.
+
+        looks: as Doorbell wants it.
+        """
         outgoing, incoming = Ring(region.call_ring()), Ring(region.answer_ring())
-        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, looks=lambda: LOOKS)
+        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, looks)
         self._tasks.append(asyncio.create_task(self._listen(self._doorbell)))
 
     async def request(self, call_id: int, message: ToGpu) -> ToTee:

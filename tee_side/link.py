@@ -26,6 +26,7 @@ from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refuse
 from asynctsqp.rpc import Connection, Target
 from asynctsqp.shm import Region
 from tee_side.carriers import Carrier, MessageCarrier, SharedMemoryCarrier
+from tee_side.pace import Pace
 from tee_side.plans import Plans
 from tee_side.room import Room
 from tee_side.seals import Sealer
@@ -76,6 +77,7 @@ class Link:
         self._room = room
         self._doorbell = options.doorbell != "off" and doorbell.supported()
         self._recovery = asyncio.Lock()
+        self.pace = Pace(lambda: self.session.connection.answered)
         self.session: Session
 
     @classmethod
@@ -172,7 +174,7 @@ class Link:
                 "leave it out, or use --transport binary"
             )
         if self._doorbell:
-            connection.use_doorbell(region)
+            connection.use_doorbell(region, lambda: self.pace.looks)
         return SharedMemoryCarrier(region, self._doorbell)
 
     async def _share(self, connection: Connection) -> Region | None:

@@ -12,6 +12,8 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from asynctsqp.doorbell import LOOKS
+
 PIECE_S = 0.0005  # that others' short work waits, more or less, if nobody can tell that there is any
 TURNS = 3  # of the loop: whoever reads an answer that is here may be behind us, and then it is its lane's turn
 
@@ -40,6 +42,11 @@ class Pace:
         async with self._long:
             await self.let_others()
             yield
+
+    @property
+    def looks(self) -> int:
+        """As Doorbell wants it: whoever attends is not to wait for our polling."""
+        return 1 if self._long.locked() else LOOKS
 
     @property
     def is_alone(self) -> bool:

@@ -29,7 +29,6 @@ from tee_side.lanes import Lane
 from tee_side.link import Endpoint, Link
 from tee_side.meter import Meter
 from tee_side.model import Model
-from tee_side.pace import Pace
 from tee_side.partitions import PARTITIONS
 from tee_side.recorder import Recorder
 from tee_side.request import Piece, Progress
@@ -73,8 +72,7 @@ class Pipeline:
         self._memory = KVMemory(spec, options.kv_memory or _quarter_of_memory())
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
         attend = attention_in(wire_dtype(options.dtype, sealer.weight_bits))
-        pace = Pace(lambda: link.session.connection.answered)
-        self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, pace, recorder)
+        self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, link.pace, recorder)
         scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]
         note = None if recorder is None else recorder.note

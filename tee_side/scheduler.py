@@ -71,7 +71,7 @@ class Scheduler(Generic[Name]):
         self._running: set[Name] = set()
         self._prompts: deque[tuple[Name, _Prompt]] = deque()  # whose turn it is comes first
         self._ready: deque[tuple[Name, int]] = deque()  # sampled tokens that are to go out
-        self._decoding = 0  # batches with decodes that are in flight
+        self._flying: list[int] = []  # decodes in each batch in flight that has any
         self._chunk_was_last = False  # the last batch had a chunk
 
     def has(self, request: Name) -> bool:
@@ -98,25 +98,26 @@ class Scheduler(Generic[Name]):
         """The next micro-batch; empty if there is nothing to do before something in flight has come back."""
         batch = self._decodes()
         if batch:
-            self._decoding += 1
+            self._flying.append(len(batch))
         batch += self._chunks(self._policy.most_portions - len(batch))
         self._chunk_was_last = bool(batch) and not batch[-1].decode
         return batch
 
     def done(self, batch: Sequence[Portion[Name]]) -> None:
         """A micro-batch has come back, or failed."""
-        if any(portion.decode for portion in batch):
-            self._decoding -= 1
+        if decodes := sum(portion.decode for portion in batch):
+            self._flying.remove(decodes)
 
     def _decodes(self) -> list[Portion[Name]]:
-        if self._decoding == self._policy.decode_lanes:
+        if len(self._flying) == self._policy.decode_lanes:
             return []
-        # shared out evenly over the batches that may be in flight, so that each side works on one of them
-        share = -(-len(self._ready) // (self._policy.decode_lanes - self._decoding))
+        # all that decode, shared out evenly over the batches that may be in flight, so that each side works on one of
+        # them: those that have come back together do not go out together if the others are fewer
+        share = -(-(len(self._ready) + sum(self._flying)) // self._policy.decode_lanes)
         most = self._policy.most_portions
         if self._prompts and (most > 1 or not self._chunk_was_last):
             most -= 1  # room for a chunk; where a batch is one portion, every other one
-        chosen = [self._ready.popleft() for _ in range(min(share, most))]
+        chosen = [self._ready.popleft() for _ in range(min(len(self._ready), share, most))]
         return [Portion(request, 0, [token], Wanted.LAST, decode=True) for request, token in chosen]
 
     def _chunks(self, most: int) -> list[Portion[Name]]:

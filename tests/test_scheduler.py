@@ -79,6 +79,26 @@ def test_decodes_are_shared_out_over_the_lanes() -> None:
     assert [len(s.next()) for _ in range(3)] == [3, 3, 0]
 
 
+def test_uneven_shares_become_even_as_batches_come_back() -> None:
+    """Five that are ready while one is in flight are six in all: not five of them go out together, and for ever."""
+    s = scheduler(decode_lanes=2)
+    for name in range(6):
+        s.add(name, [1])
+        s.done(s.next())
+    s.token(0, 1)
+    s.token(1, 1)
+    alone, other = s.next(), s.next()
+    for name in (2, 3, 4, 5):
+        s.token(name, 1)
+    assert (len(alone), len(other), s.next()) == (1, 1, [])
+    s.done(alone)
+    s.token(0, 2)
+    assert len(s.next()) == 3
+    s.done(other)
+    s.token(1, 2)
+    assert len(s.next()) == 3
+
+
 def test_who_has_gone_gets_no_turn() -> None:
     s = scheduler()
     s.add("a", range(9))
