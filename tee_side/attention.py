@@ -16,6 +16,7 @@ from tee_side.arrays import Rows
 
 # Elements of keys up to which one thread is enough for a single query: its work is reading them, half a MiB.
 SMALL = 1 << 17
+TOGETHER = 4  # sequences' products in one step of `attend_ones`: some ten microseconds each
 
 Run = tuple[Rows, Rows]  # keys and values, [kv_heads, keys, head_dim] each: views
 Steps = Iterator[Rows | None]  # None as often as there is more to do, and last the context
@@ -53,10 +54,48 @@ def attend(q: Rows, before: Sequence[Run], own: Run, whole: bool) -> Steps:
 
 def _single(q: Rows, runs: Sequence[Run]) -> Rows:
     """q: [kv_heads, group, head_dim] -> the same."""
-    if sum(keys.size for keys, _ in runs) <= SMALL:
+    if is_small(runs):
         return _softmax_of_scores(q, runs)
     parts = [flash_of_one(torch.from_numpy(q), *_tensors(run)) for run in runs]
     return merge(parts).numpy().reshape(q.shape)
+
+
+def is_small(runs: Sequence[Run]) -> bool:
+    """Whether one thread is enough for a single query."""
+    return sum(keys.size for keys, _ in runs) <= SMALL
+
+
+def attend_ones(q: Rows, runs: Sequence[Sequence[Run]]) -> Steps:
+    """What `attend` gives for a single query with a small past, for one of each of n sequences, to the bit.
+
+    q: [n, heads, head_dim]; runs: of each, the last one with the query's own key. What is not a product is one call
+    for all: their scores lie side by side, with minus infinity behind those of a shorter past. The sums are not: how
+    they are rounded would depend on the longest past, and nothing of a sequence may depend on its neighbours.
+    """
+    n, heads, head_dim = q.shape
+    kv_heads = len(runs[0][0][0])
+    q = (q * np.float32(head_dim**-0.5)).reshape(n, kv_heads, -1, head_dim)
+    lengths = [sum(keys.shape[1] for keys, _ in each) for each in runs]
+    scores: Rows = np.full((n, kv_heads, heads // kv_heads, max(lengths)), -np.inf, np.float32)
+    for index, each in enumerate(runs):
+        start = 0
+        for keys, _ in each:
+            end = start + keys.shape[1]
+            np.matmul(q[index], keys.transpose(0, 2, 1), out=scores[index, :, :, start:end])
+            start = end
+        if index % TOGETHER == TOGETHER - 1:
+            yield None
+    scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    contexts, sums = np.empty_like(q), np.empty_like(scores[..., :1])
+    for index, (each, length) in enumerate(zip(runs, lengths, strict=True)):
+        shares = scores[index, :, :, :length]
+        _weigh(shares, each, contexts[index])
+        np.add.reduce(shares, axis=-1, keepdims=True, out=sums[index])
+        if index % TOGETHER == TOGETHER - 1:
+            yield None
+    contexts /= sums
+    yield contexts.reshape(n, heads, head_dim)
 
 
 def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:
@@ -66,16 +105,20 @@ def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:
     scores: Rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    contexts, start = [], 0
-    for keys, values in runs:
-        end = start + keys.shape[1]
-        contexts.append(np.matmul(scores[:, :, start:end], values))
-        start = end
-    context: Rows = contexts[0]
-    for more in contexts[1:]:
-        context += more
+    context = np.empty_like(q)
+    _weigh(scores, runs, context)
     context /= np.add.reduce(scores, axis=-1, keepdims=True)
     return context
+
+
+def _weigh(shares: Rows, runs: Sequence[Run], context: Rows) -> None:
+    """Writes the sum of all values, each times its share. shares: [kv_heads, group, tokens]; context: like a query."""
+    (_, values), *others = runs
+    end = values.shape[1]
+    np.matmul(shares[:, :, :end], values, out=context)
+    for _, values in others:
+        start, end = end, end + values.shape[1]
+        context += np.matmul(shares[:, :, start:end], values)
 
 
 def flash_of_one(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Part:

@@ -13,7 +13,7 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
-from tee_side.attention import Attend, Steps
+from tee_side.attention import Attend, Steps, attend_ones, is_small
 from tee_side.kv_cache import KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
@@ -126,24 +126,33 @@ class Enclave:
     async def attend(self, layer: int, qkv: Rows) -> Rows:
         """q | k | v: [n, (heads + 2 kv_heads) * head_dim] -> context [needed, heads * head_dim]."""
         q, k, v = self.rotate(qkv)
-        stored = [await self._store(layer, part, k, v) for part in self._parts]
-        lengths = [part.wanted if layer == self.layers[-1] else part.span.length for part in self._parts]
-        contexts: Rows = np.empty((sum(lengths), self._spec.heads, self._spec.head_dim), np.float32)
-        end = 0
+        stored = [part for part in self._parts if await self._store(layer, part, k, v)]
+        # where an earlier part has failed there are zeros, which nobody will ask for: the neighbours are not concerned
+        contexts: Rows = (np.empty if len(stored) == len(self._parts) else np.zeros)(q.shape, np.float32)
+        asked = [(self._asked(layer, part), part.cache.runs(layer, part.span)) for part in stored]
+        ones = [(rows.start, runs) for rows, runs in asked if rows.stop - rows.start == 1 and is_small(runs)]
         async with self._pace.long():
-            for part, is_stored, length in zip(self._parts, stored, lengths, strict=True):
-                start, end = end, end + length
-                if not is_stored:  # nobody will ask for these rows any more; the neighbours' are not concerned
-                    contexts[start:end] = 0
-                    continue
-                *before, own = part.cache.runs(layer, part.span)
-                queries = q[part.rows.stop - length : part.rows.stop]
-                steps = self._attend(queries, before, own, self._pace.is_alone)
-                while (context := self.attention(steps)) is None:
-                    await self._pace.breathe()
-                self._kernels.put(contexts[start:end], context)
-                await self._pace.breathe()
-        return contexts.reshape(len(contexts), self._spec.q_features)
+            if len(ones) > 1:
+                places = [place for place, _ in ones]
+                contexts[places] = await self._context(attend_ones(q[places], [runs for _, runs in ones]))
+                asked = [(rows, runs) for rows, runs in asked if rows.start not in places]
+            for rows, (*before, own) in asked:
+                steps = self._attend(q[rows], before, own, self._pace.is_alone)
+                self._kernels.put(contexts[rows], await self._context(steps))
+        needed = self.needed(layer, contexts)
+        return needed.reshape(len(needed), self._spec.q_features)
+
+    def _asked(self, layer: int, part: _Part) -> slice:
+        """The rows of a part that attention is needed for."""
+        length = part.wanted if layer == self.layers[-1] else part.span.length
+        return slice(part.rows.stop - length, part.rows.stop)
+
+    async def _context(self, steps: Steps) -> Rows:
+        """What attention's steps come to, with turns for others in between."""
+        while (context := self.attention(steps)) is None:
+            await self._pace.breathe()
+        await self._pace.breathe()
+        return context
 
     async def _store(self, layer: int, part: _Part, k: Rows, v: Rows) -> bool:
         """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
@@ -177,5 +186,5 @@ class Enclave:
         return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
 
     def attention(self, steps: Steps) -> Rows | None:
-        """The next step of one sequence's attention; the last gives the context, like its queries."""
+        """The next step; the last gives the context, like its queries."""
         return next(steps)
