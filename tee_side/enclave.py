@@ -13,7 +13,7 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
-from tee_side.attention import Attend, Steps, attend_ones, is_small
+from tee_side.attention import Attend, Run, Steps, attend_ones, is_small
 from tee_side.kv_cache import KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
@@ -129,14 +129,18 @@ class Enclave:
         stored = [part for part in self._parts if await self._store(layer, part, k, v)]
         # where an earlier part has failed there are zeros, which nobody will ask for: the neighbours are not concerned
         contexts: Rows = (np.empty if len(stored) == len(self._parts) else np.zeros)(q.shape, np.float32)
-        asked = [(self._asked(layer, part), part.cache.runs(layer, part.span)) for part in stored]
-        ones = [(rows.start, runs) for rows, runs in asked if rows.stop - rows.start == 1 and is_small(runs)]
+        ones: list[tuple[slice, list[Run]]] = []  # to be computed together
+        others: list[tuple[slice, list[Run]]] = []
+        for part in stored:
+            rows, runs = self._asked(layer, part), part.cache.runs(layer, part.span)
+            (ones if rows.stop - rows.start == 1 and is_small(runs) else others).append((rows, runs))
         async with self._pace.long():
             if len(ones) > 1:
-                places = [place for place, _ in ones]
+                places = [rows.start for rows, _ in ones]
                 contexts[places] = await self._context(attend_ones(q[places], [runs for _, runs in ones]))
-                asked = [(rows, runs) for rows, runs in asked if rows.start not in places]
-            for rows, (*before, own) in asked:
+            else:
+                others += ones
+            for rows, (*before, own) in others:
                 steps = self._attend(q[rows], before, own, self._pace.is_alone)
                 self._kernels.put(contexts[rows], await self._context(steps))
         needed = self.needed(layer, contexts)

@@ -13,7 +13,7 @@ from tee_side.scheduler import Policy
 
 DEFAULT_LANES = 2
 DEFAULT_CHUNK_TOKENS = 1024
-GPU_CHUNK_TOKENS = 256  # there: a prompt is several chunks, one of which is computed there while another is here
+GPU_CHUNK_TOKENS = 256  # so that a prompt is several chunks, one of which is computed there while another is here
 DECODE_LANES = 2  # at most: each more splits the same requests into more batches, and hides nothing more
 DEFAULT_SLOT_BYTES = 16 << 20
 MOST_PORTIONS = 64  # requests in one micro-batch
