@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
-from asynctsqp.ending import ended
+from asynctsqp.ending import at_once, ended, interrupted
 from asynctsqp.errors import BadInputError
+
+PROGRAM = "asynctsqp.evaluation"
 
 
 def main() -> int:
-    return ended("asynctsqp.evaluation", _run, "the harness failed")
+    return ended(PROGRAM, _run, "the harness failed")
 
 
 def _run() -> None:
+    with at_once(lambda: interrupted(PROGRAM)):
+        harness = _harness()
+    harness.cli_evaluate()
+
+
+def _harness() -> ModuleType:
     try:
         harness = importlib.import_module("lm_eval.__main__")
     except ModuleNotFoundError as error:
         name = str(error.name).partition(".")[0]
         raise BadInputError(f"{name} is not installed: pip install 'asynctsqp[eval]'") from None
     importlib.import_module("asynctsqp.harness_model")  # which registers the engine
-    harness.cli_evaluate()
+    return harness
 
 
 if __name__ == "__main__":

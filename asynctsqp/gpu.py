@@ -10,6 +10,7 @@ from pathlib import Path
 
 from asynctsqp.config import MODEL_HELP, OneLineParser
 from asynctsqp.cores import default_threads, openmp
+from asynctsqp.ending import at_once
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError
 from asynctsqp.limits import MAX_THREADS, WIRE_DTYPE_NAMES
@@ -75,7 +76,8 @@ def _check_mask_peer(arguments: argparse.Namespace) -> None:
 def _serve(arguments: argparse.Namespace) -> None:
     threads = arguments.threads or default_threads()
     os.environ |= openmp(threads)
-    from gpu_side import process  # takes seconds: after the arguments have been checked
+    with at_once(lambda: 0):
+        from gpu_side import process  # takes seconds: after the arguments have been checked
 
     process.serve(
         None if arguments.local else arguments.bind,

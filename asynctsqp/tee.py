@@ -26,7 +26,7 @@ from asynctsqp.config import (
     from_arguments,
 )
 from asynctsqp.cores import openmp
-from asynctsqp.ending import ended
+from asynctsqp.ending import at_once, ended, interrupted
 from asynctsqp.endpoints import check_apart, check_endpoint
 from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.memory import keep_freed
@@ -143,11 +143,18 @@ def _run(arguments: argparse.Namespace) -> None:
     os.environ |= openmp()
     keep_freed()
     with _gpu_side(arguments) as arguments.gpu_side:
-        from asynctsqp import command  # takes seconds: after the arguments have been checked
+        with at_once(lambda: _interrupted(arguments.gpu_side)):
+            from asynctsqp import command  # takes seconds: after the arguments have been checked
 
         loop_factory = uvloop.new_event_loop if arguments.serve and arguments.options.loop == "uvloop" else None
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(command.run(arguments))
+
+
+def _interrupted(gpu_side: LocalGpuSide | None) -> int:
+    if gpu_side is not None:
+        gpu_side.stop()
+    return interrupted("asynctsqp.tee")
 
 
 @contextlib.contextmanager

@@ -47,10 +47,11 @@ def assert_one_error(ended: Ended, code: int, *words: str, program: str = "async
 class TeeProcess:
     """`python -m asynctsqp.tee` as a user runs it; standard output unbuffered, so that its first byte is seen."""
 
-    def __init__(self, *flags: str, stdin: int = subprocess.DEVNULL) -> None:
+    def __init__(self, *flags: str, stdin: int = subprocess.DEVNULL, **environment: str) -> None:
         command = [sys.executable, "-m", "asynctsqp.tee", *flags]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, cwd=ROOT)
+        variables = os.environ | environment
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, cwd=ROOT, env=variables)
 
     @property
     def pid(self) -> int:
@@ -95,8 +96,8 @@ class TeeProcess:
 
 
 @contextlib.contextmanager
-def tee_process(*flags: str, stdin: int = subprocess.DEVNULL) -> Iterator[TeeProcess]:
-    process = TeeProcess(*flags, stdin=stdin)
+def tee_process(*flags: str, stdin: int = subprocess.DEVNULL, **environment: str) -> Iterator[TeeProcess]:
+    process = TeeProcess(*flags, stdin=stdin, **environment)
     try:
         yield process
     finally:

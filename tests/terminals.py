@@ -24,6 +24,8 @@ TAKE_TERMINAL = (
 )
 CODES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02]")
 BEGUN_CODE = re.compile(rb"\x1b(\[[0-9;?]*)?\Z")  # a read may end within one
+# and within what is styled: Ctrl-C makes the terminal drop output that nobody has read, so also half a code
+BEGUN_STYLE = re.compile(rb"\x1b\[[1-9][0-9;]*m(?:(?!\x1b\[0?m).)*\Z", re.DOTALL)
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
 PROMPT = b"> "
 
@@ -50,7 +52,7 @@ class Terminal:
     def read_until(self, mark: bytes) -> bytes:
         """What it shows from here on, without colours and the like, up to `mark` or to the end of it."""
         shown = b""
-        while mark not in CODES.sub(b"", shown) or BEGUN_CODE.search(shown):
+        while mark not in CODES.sub(b"", shown) or BEGUN_CODE.search(shown) or BEGUN_STYLE.search(shown):
             assert select.select([self._ours], [], [], 20)[0], f"the terminal shows only {shown!r}"
             try:
                 shown += os.read(self._ours, 4096)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from asynctsqp.errors import ProtocolError
 from tee_side.generation import Scoring
 from tee_side.scores import Scorer
 from tee_side.token_bytes import TokenBytes
+from tests.conftest import GpuProcess
+from tests.processes import ROOT
 from tests.test_engine import nothing_held
 
 PROMPT = [1, *range(100, 140)]
-LONG = [1, *range(100, 600)]
 WARM: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.5, "top_p": 0.95, "seed": 3, "ignore_eos": True}
 TEXT = "The capital of France is Paris. Œuvre d'art: 東京の夜 🌃\n\tdef f(x):  return x"
 Connect = Callable[..., Engine]
@@ -207,32 +209,11 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     asyncio.run(run())
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held since the last `reset_peak`, by the operating system's account."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) << 10
-
-
-def reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def test_a_prompts_scores_are_never_held_all_at_once(connect: Connect) -> None:
+def test_a_prompts_scores_are_never_held_all_at_once(tiny_model: Callable[[str], Path], tiny_gpu: GpuProcess) -> None:
     """500 tokens' scores are 98 MB; `logits` must hold them, which shows that the measurement sees them."""
-
-    async def run() -> tuple[int, int]:
-        async with connect(chunk_tokens=16) as engine:
-            await engine.score(LONG, top=5)
-            before = reset_peak()
-            await engine.score(LONG, top=5)
-            scored = peak_bytes() - before
-            before = reset_peak()
-            await engine.logits(LONG)
-            return scored, peak_bytes() - before
-
-    scored, logits = asyncio.run(run())
+    command = [sys.executable, "-m", "tests.scoring_peaks", str(tiny_model("gqa")), tiny_gpu.endpoint]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=True)
+    scored, logits = map(int, done.stdout.split())
     print(f"501 tokens: {scored >> 20} MiB for log-probabilities, {logits >> 20} MiB for logits")
     assert scored < 40 << 20 < 90 << 20 < logits
 

@@ -67,6 +67,23 @@ def test_interrupted_while_it_waits_for_a_prompt(
         assert_interrupted(tee, private_tmp)
 
 
+@BOTH
+def test_interrupted_within_a_library_that_keeps_exceptions(
+    number: int, tmp_path: Path, private_tmp: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """As torch's and transformers' imports do at some moments, or end with a segmentation fault."""
+    (tmp_path / "torch.py").write_text(
+        "import time\nwhile True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass\n"
+    )
+    with tee_process("--model", str(tiny_model("gqa")), *FLAGS, PYTHONPATH=str(tmp_path)) as tee:
+        local = tee.wait_for_local_gpu()
+        for pid in (tee.pid, local):
+            assert wait_until(lambda pid=pid: idle(pid), 20)
+        tee.signal(number)
+        assert_interrupted(tee, private_tmp)
+        assert gone(local)
+
+
 def test_interrupted_while_modules_are_imported(private_tmp: Path, tiny_model: Callable[[str], Path]) -> None:
     with tee_process("--model", str(tiny_model("gqa")), *FLAGS) as tee:
         maps = Path(f"/proc/{tee.pid}/maps")
