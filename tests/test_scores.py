@@ -29,6 +29,7 @@ from tests.processes import ROOT
 from tests.test_engine import nothing_held
 
 PROMPT = [1, *range(100, 140)]
+LONG = [1, *range(100, 600)]
 WARM: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.5, "top_p": 0.95, "seed": 3, "ignore_eos": True}
 TEXT = "The capital of France is Paris. Œuvre d'art: 東京の夜 🌃\n\tdef f(x):  return x"
 Connect = Callable[..., Engine]
