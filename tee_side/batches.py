@@ -69,6 +69,7 @@ class Batches:
         self._note = note
         self._meter = meter
         self._lanes = lanes
+        self.failure: AsynctsqpError | None = None  # of our own, which ends all requests now and later
         self._work = asyncio.Event()
         self._flights: set[_Flight] = set()
         self._workers = [asyncio.create_task(self._serve(lane)) for lane in lanes]
@@ -79,7 +80,9 @@ class Batches:
         return not self._flights and all(lane.idle for lane in self._lanes)
 
     def submit(self, request: Request, prompt: Sequence[int], every: bool) -> None:
-        """every: the scores after each token are wanted, and nothing else."""
+        """every: the scores after each token are wanted, and nothing else. Raises what this engine failed with."""
+        if self.failure is not None:
+            raise _fresh(self.failure)
         self._scheduler.add(request, prompt, every)
         self._work.set()
 
@@ -95,12 +98,17 @@ class Batches:
             worker.cancel()
 
     async def _serve(self, lane: Lane) -> None:
-        while True:
-            if batch := self._scheduler.next():
-                await self._run(batch, lane)
-            else:
-                self._work.clear()
-                await self._work.wait()
+        try:
+            while True:
+                if batch := self._scheduler.next():
+                    await self._run(batch, lane)
+                else:
+                    self._work.clear()
+                    await self._work.wait()
+        except Exception as error:  # a defect of ours: nobody is to wait for ever
+            self.failure = _as_ours(error)
+            for request in self._scheduler.running:
+                self._fail(request, self.failure)
 
     async def _run(self, batch: Sequence[Portion[Request]], lane: Lane) -> None:
         totals = RpcTotals()
@@ -167,13 +175,22 @@ class Batches:
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._scheduler.remove(request)
-        # a fresh one for each: a raised exception collects the traceback of who awaited it
-        if isinstance(error, AsynctsqpError):
-            request.fail(type(error)(str(error)))
-        else:
-            failure = AsynctsqpError(f"the request failed: {one_line(error)}")
-            failure.__cause__ = error
-            request.fail(failure)
+        request.fail(_fresh(_as_ours(error)))
+
+
+def _as_ours(error: Exception) -> AsynctsqpError:
+    if isinstance(error, AsynctsqpError):
+        return error
+    failure = AsynctsqpError(f"the request failed: {one_line(error)}")
+    failure.__cause__ = error
+    return failure
+
+
+def _fresh(error: AsynctsqpError) -> AsynctsqpError:
+    """One for each who waits: a raised exception collects the traceback of who awaited it."""
+    fresh = type(error)(str(error))
+    fresh.__cause__ = error.__cause__
+    return fresh
 
 
 def _wanted_rows(portion: Portion[Request]) -> int:

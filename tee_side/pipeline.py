@@ -115,7 +115,7 @@ class Pipeline:
     @property
     def failure(self) -> AsynctsqpError | None:
         """What any request would fail with now, as far as it is known without asking; None: it would run."""
-        return self._sealer.failure or self._link.session.connection.lost
+        return self._batches.failure or self._sealer.failure or self._link.session.connection.lost
 
     async def keep_connected(self) -> None:
         await self._link.keep()

@@ -74,6 +74,11 @@ class Scheduler(Generic[Name]):
         self._flying: list[int] = []  # decodes in each batch in flight that has any
         self._chunk_was_last = False  # the last batch had a chunk
 
+    @property
+    def running(self) -> frozenset[Name]:
+        """All that were added and have not been removed."""
+        return frozenset(self._running)
+
     def has(self, request: Name) -> bool:
         """Whether it was added and has not been removed."""
         return request in self._running

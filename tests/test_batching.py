@@ -13,6 +13,7 @@ import torch
 
 import asynctsqp
 from tee_side.kv_cache import KVCache, Span
+from tee_side.scheduler import Scheduler
 from tests.test_parity import reference
 
 WHOLE_CONTEXT = 512 * 3 * 2 * 2 * 16 * 4  # bytes of the tiny model's keys and values, all 512 tokens of them
@@ -137,6 +138,30 @@ def test_a_batch_that_cannot_begin_fails_and_the_next_one_does_not(
     answer, *failed = asyncio.run(run())
     assert answer == reference(tiny_model("gqa"), prompt, 16)
     assert all(isinstance(error, asynctsqp.AsynctsqpError) and "memory" in str(error) for error in failed)
+
+
+def test_a_defect_of_ours_leaves_nobody_waiting(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler itself fails, in the middle of three requests' decodes."""
+    decodes, calls = Scheduler._decodes, 0
+
+    def failing(self: Scheduler[Any]) -> list[Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyError("portion")
+        return decodes(self)
+
+    async def run() -> None:
+        async with connect() as engine:
+            waiting = [ask(engine, [1, 300 + request], tokens=400) for request in range(3)]
+            failed = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
+            assert all(isinstance(error, asynctsqp.AsynctsqpError) and "portion" in str(error) for error in failed)
+            assert "portion" in str(engine.failure)
+            with pytest.raises(asynctsqp.AsynctsqpError, match="portion"):
+                await ask(engine, [1, 300])
+
+    monkeypatch.setattr(Scheduler, "_decodes", failing)
+    asyncio.run(run())
 
 
 def test_a_failure_of_one_is_not_the_others(connect: Connect, tiny_model: Callable[[str], Path]) -> None:

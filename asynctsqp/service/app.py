@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, 
 from asynctsqp.config import SamplingOptions
 from asynctsqp.endpoints import LOOPBACK, is_this_machine
 from asynctsqp.engine import Engine
-from asynctsqp.errors import AsynctsqpError, IntegrityError
+from asynctsqp.errors import AsynctsqpError
 from asynctsqp.service.admission import Admission
 from asynctsqp.service.answering import Desk, Stream, Whole
 from asynctsqp.service.api_errors import ApiError, json_response, of_engine
@@ -148,8 +148,7 @@ class Service:
         failure = self.engine.failure
         if failure is None and not self.admission.stop.is_set():
             return json_response({"status": "ok"})
-        reason = "shutting_down" if failure is None else "gpu_side_unavailable"
-        reason = "integrity_violation" if isinstance(failure, IntegrityError) else reason
+        reason = "shutting_down" if failure is None else of_engine(failure).code
         return json_response({"status": "unavailable", "reason": reason}, 503)
 
     async def _metrics(self, request: Request) -> Response:
