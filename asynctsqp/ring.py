@@ -7,13 +7,15 @@ x = sum_i 2^(8i) d_i + 0x808080, so y = sum_i 2^(8i) (d_i W^T) + 0x808080 rowsum
 the output channel. The four digit planes are stacked along the rows, so that one int8 GEMM reads the weights once; its
 results are put together in int32, in place. A digit's own product is below 2^14 K and never wraps.
 
-`torch._int_mm` is private, and silently wrong on some machines (x86 before VNNI adds pairs with saturation): what it
-gives is compared with an exact product when a Ring is made, and if it is wrong the products are made in float64.
+`torch._int_mm` is private, silently wrong on some machines (x86 before VNNI adds pairs with saturation), and on others,
+for whose processor there is no kernel, a plain loop that takes thirty times as long as float64. So when a Ring is made
+it is timed and compared with an exact product, and if it is slow or wrong the products are made in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,9 @@ COLUMNS = 8192  # of one GEMM at most
 # Words of unfinished products made at once, and digit rows at least: CUDA needs more than 16
 CPU_SIZES, CUDA_SIZES = (1 << 21, PLANES), (1 << 26, 32)
 FLOAT64_WIDTH = 1 << 15  # 2^31 * 127 * K < 2^53 up to K = 33,000
+FLOAT64_WEIGHTS = 1 << 19  # that are float64 at once: 4 MiB, which a cache holds until they are used
 MOST_TEST_ROWS = 256
+TIMED_ROWS, TIMED_SIZE, TIMINGS = 4, 512, 5  # of x, of the weights either way, and how often: milliseconds in all
 LEAST = -(1 << 31)
 
 
@@ -76,8 +80,11 @@ class RingWeight:
         self.nbytes = self._digits.nbytes + constant.nbytes
 
 
+Compute = Callable[[torch.Tensor, RingWeight, torch.Tensor], None]
+
+
 class Ring:
-    """Products on one device. `integer` says whether they are of integers or, where these are wrong, of float64."""
+    """Products on one device. `integer` says whether they are of integers or of float64, which gives the same words."""
 
     def __init__(self, device: torch.device, shapes: Iterable[tuple[int, int]], digits: int = 1) -> None:
         """shapes: (N, K) of every matrix in use, for the self-test; digits: of each weight, as in Quantized."""
@@ -85,7 +92,10 @@ class Ring:
         self.device = device
         self._words, self._least_rows = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
         self._int8 = torch.int8 if device.type == "cuda" else np.int8
-        self.integer = all(self._is_right(columns, width, digits) for columns, width in sorted(tiles))
+        try:
+            self.integer = self._is_fast() and all(self._is_right(*tile, digits) for tile in sorted(tiles))
+        except RuntimeError:  # there is no such product here, or not for this device
+            self.integer = False
 
     def product(self, x: torch.Tensor, weight: RingWeight, out: torch.Tensor) -> torch.Tensor:
         """x: [n, K], contiguous, out: [n, N], both int32 on this device -> out = x W^T mod 2^32.
@@ -130,15 +140,31 @@ class Ring:
 
     def _float(self, x: torch.Tensor, weight: RingWeight, out: torch.Tensor) -> None:
         """The same exactly, as float64 sums of at most FLOAT64_WIDTH products."""
+        given = x.double()
         for tile in weight.tiles:
             result = out[:, tile.columns]
-            total = torch.zeros(result.shape, dtype=torch.int64, device=x.device)
-            for digit in tile.digits:
-                total <<= DIGIT_BITS
-                for start in range(0, weight.width, FLOAT64_WIDTH):
-                    part = slice(start, min(start + FLOAT64_WIDTH, weight.width))
-                    total += (x[:, part].double() @ digit[part, : result.shape[1]].double()).long()
-            result.copy_(total)  # keeps the low 32 bits
+            for columns in _slices(result.shape[1], max(1, FLOAT64_WEIGHTS // weight.width)):
+                total = torch.zeros(result[:, columns].shape, dtype=torch.int64, device=x.device)
+                for digit in tile.digits:
+                    total <<= DIGIT_BITS
+                    for part in _slices(weight.width, FLOAT64_WIDTH):
+                        total += (given[:, part] @ digit[part, columns].double()).long()
+                result[:, columns] = total  # keeps the low 32 bits
+
+    def _is_fast(self) -> bool:
+        """Whether integers take less time than float64. The best of some runs each: they differ tenfold either way."""
+        if self.device.type != "cpu":
+            return True
+        weight = RingWeight(_test_digits(1, TIMED_SIZE, TIMED_SIZE), self.device)
+        x, out = _test_words(TIMED_ROWS, TIMED_SIZE), torch.empty(TIMED_ROWS, TIMED_SIZE, dtype=torch.int32)
+
+        def seconds(compute: Compute) -> float:
+            start = time.perf_counter()
+            compute(x, weight, out)
+            return time.perf_counter() - start
+
+        integers, floats = (min(seconds(way) for _ in range(TIMINGS)) for way in (self._integer, self._float))
+        return integers < floats
 
     def _is_right(self, columns: int, width: int, digits: int) -> bool:
         """Whether a tile's integer product is float64's: a decode step's, a full block's, and in between."""
@@ -146,11 +172,8 @@ class Ring:
         for count in (1, 2, 5, 16, min(self._block_rows(columns), MOST_TEST_ROWS)):
             x = _test_words(max(count, 3), width).to(self.device)
             made, exact = (torch.empty(len(x), weight.rows, dtype=torch.int32, device=self.device) for _ in range(2))
-            try:
-                for block, result in zip(x.split(count), made.split(count), strict=True):
-                    self._integer(block, weight, result)
-            except RuntimeError:  # it does not exist here, or not for this device
-                return False
+            for block, result in zip(x.split(count), made.split(count), strict=True):
+                self._integer(block, weight, result)
             self._float(x, weight, exact)
             if not torch.equal(made, exact):
                 return False
@@ -167,6 +190,11 @@ def _digit_product(planes: torch.Tensor, digit: torch.Tensor, rows: int) -> Arra
         total <<= 8
         total += parts[number]
     return total
+
+
+def _slices(size: int, most: int) -> Iterator[slice]:
+    for start in range(0, size, most):
+        yield slice(start, min(start + most, size))
 
 
 def _tile_columns(rows: int) -> set[int]:
