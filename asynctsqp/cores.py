@@ -6,7 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+# Of torch's OpenMP (GNU's) and of numpy's OpenBLAS, whose timeout is a power of two, of the processor's cycles: its own
+# is 2^26, some twenty milliseconds
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "OPENBLAS_THREAD_TIMEOUT": "14"}
 FEW = 3  # cores up to which neither side can leave one to the other's polling
 
 
@@ -22,7 +24,7 @@ def default_threads() -> int:
 
 
 def openmp(gpu_threads: int | None = None) -> dict[str, str]:
-    """OpenMP's environment (GNU's, which torch's wheels carry) for either side; a user's own setting comes first.
+    """The environment of torch's and numpy's threads, for either side; a user's own setting comes first.
 
     Idle threads spin for some microseconds, so that what follows does not pay a wake-up, and then sleep: the other side
     may need the core.
@@ -39,9 +41,9 @@ def openmp(gpu_threads: int | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def idle_threads_sleep() -> Iterator[None]:
-    """While torch is imported into somebody else's process: how its idle threads wait, and nothing that stays.
+    """While torch and numpy are imported into somebody else's process: how their idle threads wait, and nothing else.
 
-    The environment is read then, once; where torch has been imported before, it is as it is.
+    The environment is read then, once; what has been imported before is as it is.
     """
     added = {name: value for name, value in WAITING.items() if name not in os.environ}
     os.environ |= added

@@ -1,4 +1,4 @@
-"""How idle threads wait in a program that uses the Python API, by OpenMP's own account."""
+"""How idle threads wait in a program that uses the Python API."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.processes import ROOT
 
 IMPORT_AND_TELL = """
 import os
@@ -18,6 +20,7 @@ assert dict(os.environ) == before, "the environment was changed"
 
 
 def openmp_says(first: str, **environment: str) -> str:
+    """Its own account."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     ended = subprocess.run(
         [sys.executable, "-c", IMPORT_AND_TELL.format(first=first)],
@@ -44,3 +47,31 @@ def test_a_user_of_the_api_has_the_last_word() -> None:
 
 def test_a_torch_that_was_there_before_stays_as_it_is() -> None:
     assert "GOMP_SPINCOUNT = '1000'" not in openmp_says("import torch")
+
+
+PAUSE_AFTER_PRODUCTS = """
+import time
+{first}
+import numpy as np
+x = np.ones((700, 700))
+for _ in range(3):
+    x @ x
+began = time.process_time()
+time.sleep(0.05)
+print(time.process_time() - began)
+"""
+
+
+def busy_s(first: str) -> float:
+    """Processor time, by the operating system's account, of a process whose numpy has just computed, and that waits."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    command = [sys.executable, "-c", PAUSE_AFTER_PRODUCTS.format(first=first)]
+    ended = subprocess.run(command, env=clean, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    return float(ended.stdout)
+
+
+def test_numpys_idle_threads_soon_sleep_as_well() -> None:
+    by_itself = busy_s("")
+    if by_itself < 0.01:
+        pytest.skip("numpy's threads sleep by themselves here, or there is one only")
+    assert busy_s("from asynctsqp import Engine") < by_itself / 4

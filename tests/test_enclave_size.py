@@ -10,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
 from tee_side.enclave_size import Size
@@ -48,10 +45,6 @@ def printed(model: Path | str, *flags: str) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
-    reason="integer products are slow on this processor: masks for a full memory take minutes",
-)
 def test_the_printed_size_is_enough_and_not_twice_what_is_used(
     demo_model: Path, start_gpu: Callable[..., GpuProcess]
 ) -> None:
