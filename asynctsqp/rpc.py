@@ -39,6 +39,7 @@ from asynctsqp.sockets import client_socket
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_DEADLINE_S = 60.0
+LOOK_S = 1.0  # between two looks at the deadlines
 SILENCE_S = 10.0  # of a handshake; the GPU side says each second that it is alive while it loads
 
 _CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
@@ -82,7 +83,7 @@ class _Pending:
     """One call that waits for its answer. It outlives the future's cancellation: the slot is still in use."""
 
     future: asyncio.Future[Reply]
-    deadline: float
+    deadline: float  # on Connection's own clock, which the last look has set
     settled: Callable[[], None]
 
 
@@ -98,6 +99,7 @@ class Connection:
         self._pending: dict[int, _Pending] = {}
         self._call_ids = itertools.count(1)
         self._heard = 0  # messages so far
+        self._awake_s = 0.0  # a clock that stands still while this process is stopped, as with Ctrl-Z
         self._doorbell: Doorbell | None = None
         self._called = asyncio.Event()
         self._ended = asyncio.Event()
@@ -143,7 +145,7 @@ class Connection:
             future.set_exception(self._loss())
             settled()
             return future
-        self._pending[call_id] = _Pending(future, loop.time() + deadline_s, settled)
+        self._pending[call_id] = _Pending(future, self._awake_s + LOOK_S + deadline_s, settled)
         if self._doorbell is None:
             self._socket.send_multipart([encode(message), *frames], copy=not frames)
         else:
@@ -272,11 +274,16 @@ class Connection:
         self._fail(GpuSideLost(f"{self._target} is gone: start it again, or use --reconnect-s"))
 
     async def _watch_time(self) -> None:
-        """One look a second instead of one timer a call."""
+        """One look a second instead of one timer a call.
+
+        A look that comes much too late is nobody else's doing: this process was stopped, perhaps the other one too.
+        """
         loop = asyncio.get_running_loop()
         while self.lost is None:
-            await asyncio.sleep(1)
-            if any(pending.deadline < loop.time() for pending in self._pending.values()):
+            before = loop.time()
+            await asyncio.sleep(LOOK_S)
+            self._awake_s += min(loop.time() - before, 2 * LOOK_S)
+            if any(pending.deadline < self._awake_s for pending in self._pending.values()):
                 self._fail(GpuSideLost(f"{self._target} did not answer in time"))
 
     def _fail(self, cause: GpuSideError) -> None:

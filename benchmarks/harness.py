@@ -136,8 +136,10 @@ class Worker:
                 os.kill(pid, number)
 
     def _end(self, at_once: bool) -> None:
-        """Kills the worker itself at most: a side that it started sees that it is alone, and tidies up."""
+        """Kills the worker itself at once at most: what it started tidies up, when it is alone or is asked to end."""
+        others: list[psutil.Process] = []
         with contextlib.suppress(WorkerFailed):
+            _, *others = self._tree()
             self._signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -148,6 +150,11 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for other in others:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.terminate()
+        for other in psutil.wait_procs(others, END_TIMEOUT_S)[1]:
+            other.kill()
 
 
 class _Others:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -40,13 +41,13 @@ class Product:
         checkpoint = Checkpoint.find(model)
         options = EngineOptions(transport="shm", doorbell=doorbell, lanes=1, chunk_tokens=ROWS)
         layouts = Layouts(checkpoint.spec, WIRE_DTYPES[options.dtype])
-        room = Room.of(checkpoint.spec, layouts, options)
+        rooms = partial(Room.of, checkpoint.spec, layouts, options)
 
         async def address() -> str:
             return endpoint
 
-        link = await Link.open(address, checkpoint, options, layouts, room, Clear())
-        offload = Offload(link, Lane(0, room.slots), Clear(), RpcTotals(), None, Meter())
+        link = await Link.open(address, checkpoint, options, layouts, rooms, Clear())
+        offload = Offload(link, Lane(0, link.session.room.slots), Clear(), RpcTotals(), None, Meter())
         return cls(link, offload, np.ones((ROWS, checkpoint.spec.hidden_size), np.float32))
 
     async def round_trips(self, count: int) -> list[int]:

@@ -41,6 +41,6 @@ def unlike_automatic(checkpoint: Checkpoint, dtype: str) -> Iterator[str]:
 def _made_of(name: str, checkpoint: Checkpoint, dtype: str) -> tuple[Any, ...]:
     """What decides how an engine runs, by the functions that the engine asks; its GPU side is on the CPU here."""
     options = make(EngineOptions, options_of(name) | {"dtype": dtype})
-    room = Room.of(checkpoint.spec, Layouts(checkpoint.spec, WIRE_DTYPES[dtype]), options)
+    room = Room.of(checkpoint.spec, Layouts(checkpoint.spec, WIRE_DTYPES[dtype]), options, "cpu")
     bell = options.doorbell != "off" and doorbell.supported()
     return room, policy(options, room, "cpu"), bell, options.threads or default_threads()

@@ -27,7 +27,7 @@ from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.quantize import BLOCK
 from asynctsqp.tensor_codec import wire_dtype
 from tee_side.freivalds import COLUMNS
-from tee_side.room import DEFAULT_CHUNK_TOKENS, Room
+from tee_side.room import Room
 from tee_side.rounded_attention import SCORES
 from tee_side.row_threads import PIECE
 from tee_side.tokenizer import Tokenizer
@@ -80,7 +80,8 @@ class Size:
         """Imports what the TEE side imports, to measure it. Raises BadInputError for options that make no sense."""
         spec = checkpoint.spec
         bits = 0 if options.protect == "none" else options.weight_bits
-        room = Room.of(spec, Layouts(spec, wire_dtype(options.dtype, bits)), options)
+        # a GPU side on a CPU: its chunks take more memory than a GPU's, on however many lanes
+        room = Room.of(spec, Layouts(spec, wire_dtype(options.dtype, bits)), options, "cpu")
         slots = 2 * room.lanes * room.slots * room.slot_bytes
         messages = options.transport in ("binary", "msgpack")
         threads = tuple(_threads(options))
@@ -174,7 +175,7 @@ def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     What is checked is in float64, some rows on each thread. A batch of decodes has scores. Attention in bfloat16
     (rounded_attention.py), one at a time, has its own scores, and the keys and values so far.
     """
-    rows = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
+    rows = min(room.chunk_tokens, spec.max_positions)
     x_bytes, y_bytes = 3 * WORD + DOUBLE, 3 * WORD
     of_row = {op: x_bytes * linear.in_features + y_bytes * linear.out_features for op, linear in spec.linears.items()}
     scores = of_row.pop(Op.LM_HEAD) + DOUBLE * spec.vocab_size

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from asynctsqp import doorbell
@@ -34,6 +35,7 @@ from tee_side.seals import Sealer
 RETRY_S = 0.2
 
 Endpoint = Callable[[], Awaitable[str]]
+Rooms = Callable[[str], Room]  # by the GPU side's device
 Made = TypeVar("Made")
 
 
@@ -59,6 +61,7 @@ class Session:
     layouts: Layouts
     plans: Plans
     device: str  # of the GPU side, as it says
+    room: Room
 
     def close(self) -> None:
         self.connection.close()
@@ -68,13 +71,15 @@ class Session:
 class Link:
     """Holds the current session. Make it with `open`, end it with `close`."""
 
-    def __init__(self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, room: Room) -> None:
+    def __init__(
+        self, endpoint: Endpoint, hello: Hello, options: EngineOptions, layouts: Layouts, rooms: Rooms
+    ) -> None:
         self._endpoint = endpoint
         self.fingerprint = hello.fingerprint  # of the model
         self._hello = hello
         self._options = options
         self._layouts = layouts
-        self._room = room
+        self._rooms = rooms
         self._doorbell = options.doorbell != "off" and doorbell.supported()
         self._recovery = asyncio.Lock()
         self.pace = Pace(lambda: self.session.connection.answered)
@@ -87,10 +92,11 @@ class Link:
         checkpoint: Checkpoint,
         options: EngineOptions,
         layouts: Layouts,
-        room: Room,
+        rooms: Rooms,
         sealer: Sealer,
     ) -> Link:
-        """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves).
+        """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves); rooms: asked
+        once what the GPU side's device wants.
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
@@ -104,8 +110,8 @@ class Link:
             sealer.weight_bits,
             sealer.weights,
         )
-        link = cls(endpoint, hello, options, layouts, room)
-        link.session = await connect_within(options.reconnect_s, link._connect)
+        link = cls(endpoint, hello, options, layouts, rooms)
+        link.session = await connect_within(options.reconnect_s, partial(link._connect, None))
         return link
 
     async def recover(self, failed: Session, loss: GpuSideLost) -> None:
@@ -116,7 +122,7 @@ class Link:
             if self.session is not failed:
                 return
             failed.close()
-            self.session = await connect_within(self._options.reconnect_s, self._connect)
+            self.session = await connect_within(self._options.reconnect_s, partial(self._connect, failed.room))
 
     async def keep(self) -> None:
         """Makes a lost connection again whether or not a call waits for it, for as long as it takes. Never returns."""
@@ -129,22 +135,24 @@ class Link:
                     with contextlib.suppress(
                         Exception
                     ):  # whatever it was, other weights or too many files: it may pass
-                        self.session = await self._connect()
+                        self.session = await self._connect(session.room)
             if self.session is session:
                 await asyncio.sleep(RETRY_S)
 
     def close(self) -> None:
         self.session.close()
 
-    async def _connect(self) -> Session:
+    async def _connect(self, room: Room | None) -> Session:
+        """room: of the session before this one, whatever device there is now: lanes are there to stay."""
         connection = await Connection.open(Target.gpu_side(await self._endpoint()), MAX_FRAME_BYTES)
         try:
             device = await self._greet(connection)
-            carrier = await self._carrier(connection)
+            room = room or self._rooms(device)
+            carrier = await self._carrier(connection, room)
         except BaseException:
             connection.close()
             raise
-        return Session(connection, carrier, self._layouts, Plans(self._layouts, carrier.slot_bytes), device)
+        return Session(connection, carrier, self._layouts, Plans(self._layouts, carrier.slot_bytes), device, room)
 
     async def _greet(self, connection: Connection) -> str:
         answer = await connection.request(0, self._hello)
@@ -154,16 +162,16 @@ class Link:
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
         return answer.device
 
-    async def _carrier(self, connection: Connection) -> Carrier:
+    async def _carrier(self, connection: Connection, room: Room) -> Carrier:
         options = self._options
         if options.transport in ("auto", "shm"):
-            region = await self._share(connection)
+            region = await self._share(connection, room)
             if region is not None:
                 return self._through(region, connection)
             if options.transport == "shm":
                 raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
         packed = options.transport == "msgpack"
-        slot_bytes = min(self._room.slot_bytes, MAX_FRAME_BYTES - packed * SLOT_ALIGNMENT)  # the message needs room too
+        slot_bytes = min(room.slot_bytes, MAX_FRAME_BYTES - packed * SLOT_ALIGNMENT)  # the message needs room too
         return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
 
     def _through(self, region: Region, connection: Connection) -> Carrier:
@@ -177,9 +185,8 @@ class Link:
             connection.use_doorbell(region, lambda: self.pace.looks)
         return SharedMemoryCarrier(region, self._doorbell)
 
-    async def _share(self, connection: Connection) -> Region | None:
+    async def _share(self, connection: Connection, room: Room) -> Region | None:
         """A region that the other side has proved to see, or None. Its name is gone when this returns."""
-        room = self._room
         region = Region.create(self._options.shm_name, room.lanes, room.slots, room.slot_bytes)
         try:
             request = Attach(

@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +55,6 @@ class Pipeline:
         checkpoint: Checkpoint,
         options: EngineOptions,
         link: Link,
-        room: Room,
         sealer: Sealer,
         recorder: Recorder | None,
     ) -> None:
@@ -73,6 +73,7 @@ class Pipeline:
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
         attend = attention_in(wire_dtype(options.dtype, sealer.weight_bits))
         self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, link.pace, recorder)
+        room = link.session.room
         scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]
         note = None if recorder is None else recorder.note
@@ -92,10 +93,10 @@ class Pipeline:
             sealer = await sealer_for(checkpoint, options, threads, report)
             opened.push_async_callback(sealer.close)
             layouts = Layouts(checkpoint.spec, wire_dtype(options.dtype, sealer.weight_bits))
-            room = Room.of(checkpoint.spec, layouts, options)
-            link = await Link.open(endpoint, checkpoint, options, layouts, room, sealer)
+            rooms = partial(Room.of, checkpoint.spec, layouts, options)
+            link = await Link.open(endpoint, checkpoint, options, layouts, rooms, sealer)
             opened.callback(link.close)
-            pipeline = cls(checkpoint, options, link, room, sealer, recorder)
+            pipeline = cls(checkpoint, options, link, sealer, recorder)
             opened.pop_all()
         pipeline.load_s = time.perf_counter() - start
         return pipeline

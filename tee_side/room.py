@@ -11,9 +11,10 @@ from asynctsqp.limits import DECODE_ROWS, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.model_spec import ModelSpec, Op
 from tee_side.scheduler import Policy
 
-DEFAULT_LANES = 2
-DEFAULT_CHUNK_TOKENS = 1024
-GPU_CHUNK_TOKENS = 256  # so that a prompt is several chunks, one of which is computed there while another is here
+# By where the products are computed. On a GPU a prompt is several chunks, of which some are computed there while others
+# are here: with two lanes each waits for the other's longest step
+CPU_LANES, CPU_CHUNK_TOKENS = 2, 1024
+GPU_LANES, GPU_CHUNK_TOKENS = 4, 256
 DECODE_LANES = 2  # at most: each more splits the same requests into more batches, and hides nothing more
 DEFAULT_SLOT_BYTES = 16 << 20
 MOST_PORTIONS = 64  # requests in one micro-batch
@@ -23,34 +24,43 @@ SCORES_SLOT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Room:
-    """Lanes in flight, calls in flight on each, and the bytes that one call may have in either direction."""
+    """Lanes in flight, calls in flight on each, the bytes that one call may have in either direction, and what a chunk
+    of prompts has at most.
+    """
 
     lanes: int
     slots: int
     slot_bytes: int
+    chunk_tokens: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, layouts: Layouts, options: EngineOptions) -> Room:
-        """What the options say, or enough for a chunk up to a limit. Raises BadInputError for less than a row."""
+    def of(cls, spec: ModelSpec, layouts: Layouts, options: EngineOptions, device: str) -> Room:
+        """What the options say, or else what suits the GPU side's device; slots for a chunk, up to a limit.
+
+        Raises BadInputError for less than a row.
+        """
         operations = OPERATIONS[options.partition]
         slots = 3 if Op.Q in operations else SLOTS  # q, k and v go out at once
         sends_scores = Op.QK in operations  # the ladder's first rungs: one sequence at a time is enough
-        lanes = options.lanes or (1 if sends_scores else DEFAULT_LANES)
-        return cls(lanes, slots, _slot_bytes(spec, layouts, options))
+        default_lanes, default_chunk = (
+            (CPU_LANES, CPU_CHUNK_TOKENS) if _is_cpu(device) else (GPU_LANES, GPU_CHUNK_TOKENS)
+        )
+        lanes = options.lanes or (1 if sends_scores else default_lanes)
+        chunk_tokens = options.chunk_tokens or default_chunk
+        return cls(lanes, slots, _slot_bytes(spec, layouts, options, chunk_tokens), chunk_tokens)
 
 
 def policy(options: EngineOptions, room: Room, device: str) -> Policy:
     """How tokens are put together. device: of the GPU side.
 
     Where the products run on the CPU, two batches of decodes would read all weights twice, and one of more than
-    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here. The same
-    of chunks: on a CPU smaller ones only cost more.
+    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here.
     """
-    is_cpu = device == "cpu"
+    is_cpu = _is_cpu(device)
     alone = Op.QK in OPERATIONS[options.partition]
     together = DECODE_ROWS if is_cpu else MOST_PORTIONS
     return Policy(
-        chunk_tokens=options.chunk_tokens or (DEFAULT_CHUNK_TOKENS if is_cpu else GPU_CHUNK_TOKENS),
+        chunk_tokens=room.chunk_tokens,
         most_portions=1 if alone else together,
         decode_lanes=1 if is_cpu else min(DECODE_LANES, room.lanes),
     )
@@ -68,14 +78,18 @@ def check_keys(layouts: Layouts, partition: str, slot_bytes: int, keys: int) -> 
         )
 
 
-def _slot_bytes(spec: ModelSpec, layouts: Layouts, options: EngineOptions) -> int:
+def _is_cpu(device: str) -> bool:
+    return device == "cpu"
+
+
+def _slot_bytes(spec: ModelSpec, layouts: Layouts, options: EngineOptions, chunk_tokens: int) -> int:
     operations = OPERATIONS[options.partition]
     row = max(layouts.of(op, 1, int(op in (Op.QK, Op.AV))).slot_bytes for op in operations)
     if options.slot_bytes is not None:
         if options.slot_bytes < row:
             raise BadInputError(f"--slot-bytes is at least {row} for this model: one row of its widest call")
         return options.slot_bytes
-    tokens = min(options.chunk_tokens or DEFAULT_CHUNK_TOKENS, spec.max_positions)
+    tokens = min(chunk_tokens, spec.max_positions)
     in_layer = operations - {Op.LM_HEAD}  # which is seldom asked for more than a row
     keys = {op: tokens if op in (Op.QK, Op.AV) else 0 for op in in_layer}
     chunk = max(layouts.of(op, tokens, keys[op]).slot_bytes for op in in_layer)

@@ -40,7 +40,7 @@ async def address():
 async def live_and_die():
     options = EngineOptions(transport="shm", lanes=2)
     layouts = Layouts(checkpoint.spec, torch.float32)
-    link = await Link.open(address, checkpoint, options, layouts, Room(2, 2, 1 << 20), Clear())
+    link = await Link.open(address, checkpoint, options, layouts, lambda device: Room(2, 2, 1 << 20, 1024), Clear())
     gpu = Offload(link, Lane(0, 2), Clear(), RpcTotals(), None, Meter())
     for rows in (1, 700):
         await gpu.linear(Op.QKV, 0, np.ones((rows, 64), np.float32))

@@ -228,6 +228,27 @@ def test_a_call_without_answer_ends_at_its_deadline_and_fails_all_others() -> No
     assert settled == [1, 2, 3], "each call gives back its slot exactly once"
 
 
+def test_time_in_which_we_were_stopped_is_not_the_gpu_sides() -> None:
+    """As with Ctrl-Z and `fg`, and a deadline in between: the event loop stands still, and the answer comes after."""
+
+    def later(call: Any) -> list[list[bytes]]:
+        time.sleep(5)
+        return [[Done(call.call_id, 0.0, 0.0)]]
+
+    async def run(endpoint: str) -> Any:
+        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
+        try:
+            reply = connection.call(1, call(1, slot=0), deadline_s=3)
+            await asyncio.sleep(0.2)
+            time.sleep(4.5)  # noqa: ASYNC251 - it is what being stopped is like
+            return (await asyncio.wait_for(reply, 10))[0]
+        finally:
+            connection.close()
+
+    with lying_gpu({Call: later}) as gpu:
+        assert asyncio.run(run(gpu.endpoint)) == Done(1, 0.0, 0.0)
+
+
 def test_messages_without_end_do_not_stop_the_deadline() -> None:
     """A GPU side that talks all the time without answering: the deadline comes before the talk has ended."""
     over = threading.Event()
