@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,12 @@ from tests.peers import raw_tee
 
 ROOT = Path(__file__).parent.parent
 SETTLE_S = 5.0  # a GPU side needs a moment to see that its parent was killed
+
+
+def pytest_configure() -> None:
+    """A shell's background ignores SIGINT, and every process under test would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
