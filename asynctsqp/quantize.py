@@ -104,4 +104,9 @@ def _quantize(weight: torch.Tensor, largest: int, digits: torch.Tensor, scales: 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:
     step = max(1, BLOCK // max(width, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    return slices(rows, step)
+
+
+def slices(size: int, most: int) -> Iterator[slice]:
+    """Of so many rows or columns, at most so many at a time."""
+    return (slice(start, min(start + most, size)) for start in range(0, size, most))

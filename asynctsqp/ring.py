@@ -15,7 +15,7 @@ it is timed and compared with an exact product, and if it is slow or wrong the p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from asynctsqp.quantize import DIGIT_BITS
+from asynctsqp.quantize import DIGIT_BITS, slices
 
 PLANES = 4
 SIGNS = 0x00808080
@@ -143,11 +143,11 @@ class Ring:
         given = x.double()
         for tile in weight.tiles:
             result = out[:, tile.columns]
-            for columns in _slices(result.shape[1], max(1, FLOAT64_WEIGHTS // weight.width)):
+            for columns in slices(result.shape[1], max(1, FLOAT64_WEIGHTS // weight.width)):
                 total = torch.zeros(result[:, columns].shape, dtype=torch.int64, device=x.device)
                 for digit in tile.digits:
                     total <<= DIGIT_BITS
-                    for part in _slices(weight.width, FLOAT64_WIDTH):
+                    for part in slices(weight.width, FLOAT64_WIDTH):
                         total += (given[:, part] @ digit[part, columns].double()).long()
                 result[:, columns] = total  # keeps the low 32 bits
 
@@ -190,11 +190,6 @@ def _digit_product(planes: torch.Tensor, digit: torch.Tensor, rows: int) -> Arra
         total <<= 8
         total += parts[number]
     return total
-
-
-def _slices(size: int, most: int) -> Iterator[slice]:
-    for start in range(0, size, most):
-        yield slice(start, min(start + most, size))
 
 
 def _tile_columns(rows: int) -> set[int]:

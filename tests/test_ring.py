@@ -196,6 +196,7 @@ from asynctsqp.ring import Ring, RingWeight
 a = torch.randint(-128, 128, (16, 576), generator=torch.Generator().manual_seed(1)).to(torch.int8)
 b = torch.randint(-127, 128, (576, 960), generator=torch.Generator().manual_seed(2)).to(torch.int8)
 right = torch.equal(torch._int_mm(a, b).double(), a.double() @ b.double())
+Ring._is_fast = lambda _: True  # being right decides
 ring = Ring(torch.device("cpu"), [(960, 576)])
 x = torch.randint(-(1 << 31), 1 << 31, (3, 576), generator=torch.Generator().manual_seed(3)).to(torch.int32)
 weight = RingWeight(b.t().contiguous()[None], torch.device("cpu"))
@@ -212,7 +213,7 @@ def test_instruction_sets_whose_int8_products_saturate(isa: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=60)
     kernel_right, integer, right = json.loads(done.stdout)
     assert right
-    assert kernel_right or not integer
+    assert integer == kernel_right
     machine = Path("/proc/cpuinfo")
     if isa == WRONG_ISA and machine.exists() and "avx512_vnni" in machine.read_text():
         assert not integer, "the instruction set that should give wrong products did not: this test shows nothing"
