@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import LlamaConfig
 
 from asynctsqp.errors import EngineClosed
 from asynctsqp.model_spec import ModelSpec, Op
@@ -13,6 +12,7 @@ from tee_side.arrays import Rows, Tokens
 from tee_side.attention import Attend
 from tee_side.enclave import Enclave, RunningSequence
 from tee_side.kv_cache import KVCache
+from tee_side.llama_config import LlamaConfig
 from tee_side.pace import Pace
 from tee_side.partitions import Gpu, Partition
 from tee_side.recorder import Recorder

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions, SamplingOptions
@@ -28,6 +28,7 @@ from tee_side.generation import Generation, Scoring
 from tee_side.kv_cache import KVCache, KVMemory
 from tee_side.lanes import Lane
 from tee_side.link import Endpoint, Link
+from tee_side.llama_config import LlamaConfig
 from tee_side.meter import Meter
 from tee_side.model import Model
 from tee_side.partitions import PARTITIONS

@@ -11,10 +11,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tee_side.arrays import Rows
+from tee_side.llama_config import LlamaConfig
 
 # cos and sin, each [tokens, 1, head_dim]: x rotated is x * cos + (x with its halves swapped) * sin
 Angles = tuple[Rows, Rows]

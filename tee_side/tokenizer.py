@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from asynctsqp.errors import BadInputError, CheckpointError, PromptError, one_line
+from tee_side.llama_config import LlamaConfig
 from tee_side.token_bytes import TokenBytes
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -25,6 +26,7 @@ class Tokenizer:
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory,
+                config=LlamaConfig.from_pretrained(directory),
                 trust_remote_code=False,  # it would ask whoever is at standard input whether to run it
             )
         except Exception as error:  # whatever its many formats raise
