@@ -16,7 +16,6 @@ from tee_side.arrays import Rows
 
 # Elements of keys up to which one thread is enough for a single query: its work is reading them, half a MiB.
 SMALL = 1 << 17
-TOGETHER = 4  # sequences' products in one step of `attend_ones`: some ten microseconds each
 
 Run = tuple[Rows, Rows]  # keys and values, [kv_heads, keys, head_dim] each: views
 Steps = Iterator[Rows | None]  # None as often as there is more to do, and last the context
@@ -63,39 +62,6 @@ def _single(q: Rows, runs: Sequence[Run]) -> Rows:
 def is_small(runs: Sequence[Run]) -> bool:
     """Whether one thread is enough for a single query."""
     return sum(keys.size for keys, _ in runs) <= SMALL
-
-
-def attend_ones(q: Rows, runs: Sequence[Sequence[Run]]) -> Steps:
-    """What `attend` gives for a single query with a small past, for one of each of n sequences, to the bit.
-
-    q: [n, heads, head_dim]; runs: of each, the last one with the query's own key. What is not a product is one call
-    for all: their scores lie side by side, with minus infinity behind those of a shorter past. The sums are not: how
-    they are rounded would depend on the longest past, and nothing of a sequence may depend on its neighbours.
-    """
-    n, heads, head_dim = q.shape
-    kv_heads = len(runs[0][0][0])
-    q = (q * np.float32(head_dim**-0.5)).reshape(n, kv_heads, -1, head_dim)
-    lengths = [sum(keys.shape[1] for keys, _ in each) for each in runs]
-    scores: Rows = np.full((n, kv_heads, heads // kv_heads, max(lengths)), -np.inf, np.float32)
-    for index, each in enumerate(runs):
-        start = 0
-        for keys, _ in each:
-            end = start + keys.shape[1]
-            np.matmul(q[index], keys.transpose(0, 2, 1), out=scores[index, :, :, start:end])
-            start = end
-        if index % TOGETHER == TOGETHER - 1:
-            yield None
-    scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    contexts, sums = np.empty_like(q), np.empty_like(scores[..., :1])
-    for index, (each, length) in enumerate(zip(runs, lengths, strict=True)):
-        shares = scores[index, :, :, :length]
-        _weigh(shares, each, contexts[index])
-        np.add.reduce(shares, axis=-1, keepdims=True, out=sums[index])
-        if index % TOGETHER == TOGETHER - 1:
-            yield None
-    contexts /= sums
-    yield contexts.reshape(n, heads, head_dim)
 
 
 def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:

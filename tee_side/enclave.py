@@ -13,7 +13,8 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import ModelSpec
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows, Tokens
-from tee_side.attention import Attend, Run, Steps, attend_ones, is_small
+from tee_side.attention import Attend, Run, Steps, is_small
+from tee_side.decode_attention import DecodeAttention
 from tee_side.kv_cache import KVCache, Span
 from tee_side.pace import Pace
 from tee_side.rope import Angles, Rope
@@ -38,14 +39,26 @@ class RunningSequence:
         self.rope = rope
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
-    """The rows of one sequence. wanted: how many, from the last one backwards, the scores are wanted of."""
+    """The rows of one sequence. wanted: how many, from the last one backwards, the scores are wanted of.
+
+    runs: the keys and values that they see, of all layers.
+    """
 
     cache: KVCache
     span: Span
     rows: slice
     wanted: int
+    runs: Sequence[Run]
+
+    def past(self, layer: int) -> list[Run]:
+        return [(keys[layer], values[layer]) for keys, values in self.runs]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is the next token of an answer, with a small past."""
+        return self.span.length == 1 == self.wanted and is_small(self.past(0))
 
 
 class Enclave:
@@ -81,8 +94,13 @@ class Enclave:
             angles.append(sequence.rope.angles(span.position, length))
             end = start + length
             last = int(((wanted >= start) & (wanted < end)).sum())
-            self._parts.append(_Part(sequence.cache, span, slice(start, end), last))
+            self._parts.append(_Part(sequence.cache, span, slice(start, end), last, sequence.cache.runs(span)))
             start = end
+        decoding = [part for part in self._parts if part.decodes]
+        self._others = [part for part in self._parts if not part.decodes]
+        self._decoding_rows = [part.rows.start for part in decoding]
+        group = spec.heads // spec.kv_heads
+        self._decoding = DecodeAttention([part.runs for part in decoding], group) if decoding else None
         self._cos: Rows
         self._sin: Rows
         self._cos, self._sin = angles[0] if len(angles) == 1 else map(np.concatenate, zip(*angles, strict=True))
@@ -126,23 +144,19 @@ class Enclave:
     async def attend(self, layer: int, qkv: Rows) -> Rows:
         """q | k | v: [n, (heads + 2 kv_heads) * head_dim] -> context [needed, heads * head_dim]."""
         q, k, v = self.rotate(qkv)
-        stored = [part for part in self._parts if await self._store(layer, part, k, v)]
-        # where an earlier part has failed there are zeros, which nobody will ask for: the neighbours are not concerned
-        contexts: Rows = (np.empty if len(stored) == len(self._parts) else np.zeros)(q.shape, np.float32)
-        ones: list[tuple[slice, list[Run]]] = []  # to be computed together
-        others: list[tuple[slice, list[Run]]] = []
-        for part in stored:
-            rows, runs = self._asked(layer, part), part.cache.runs(layer, part.span)
-            (ones if rows.stop - rows.start == 1 and is_small(runs) else others).append((rows, runs))
+        contexts: Rows = np.empty(q.shape, np.float32)
+        failed = [part for part in self._parts if not await self._store(layer, part, k, v)]
         async with self._pace.long():
-            if len(ones) > 1:
-                places = [rows.start for rows, _ in ones]
-                contexts[places] = await self._context(attend_ones(q[places], [runs for _, runs in ones]))
-            else:
-                others += ones
-            for rows, (*before, own) in others:
-                steps = self._attend(q[rows], before, own, self._pace.is_alone)
-                self._kernels.put(contexts[rows], await self._context(steps))
+            if self._decoding is not None:
+                steps = self._decoding.attend(layer, q[self._decoding_rows])
+                contexts[self._decoding_rows] = await self._context(steps)
+            for part in self._others:
+                if part not in failed:
+                    rows, (*before, own) = self._asked(layer, part), part.past(layer)
+                    steps = self._attend(q[rows], before, own, self._pace.is_alone)
+                    self._kernels.put(contexts[rows], await self._context(steps))
+        for part in failed:  # nobody will ask for it, and the neighbours are not concerned; yet it leaves
+            contexts[part.rows] = 0
         needed = self.needed(layer, contexts)
         return needed.reshape(len(needed), self._spec.q_features)
 
@@ -162,7 +176,7 @@ class Enclave:
         """Of all tokens' new keys and values, those of one sequence, when it is their turn. -> whether it came."""
         if not await part.cache.turn(layer, part.span):
             return False
-        part.cache.store(layer, part.span, k[part.rows], v[part.rows])
+        part.cache.store(layer, part.span, k[:, part.rows], v[:, part.rows])
         return True
 
     async def attend_elsewhere(self, layer: int, qkv: Rows) -> tuple[Rows, Rows, Rows]:
@@ -171,7 +185,8 @@ class Enclave:
         (part,) = self._parts
         if not await self._store(layer, part, k, v):
             raise EngineClosed("an earlier part of the prompt has failed")
-        keys, values = part.cache.past(layer, part.span)
+        past = part.past(layer)
+        keys, values = past[0] if len(past) == 1 else (np.concatenate(each, axis=1) for each in zip(*past, strict=True))
         return q.reshape(len(q), self._spec.kv_heads, -1, self._spec.head_dim).transpose(1, 2, 0, 3), keys, values
 
     def softmax(self, scores: Rows) -> Rows:
@@ -183,11 +198,12 @@ class Enclave:
         return context.transpose(2, 0, 1, 3).reshape(context.shape[2], -1)
 
     def rotate(self, qkv: Rows) -> tuple[Rows, Rows, Rows]:
-        """-> q [n, heads, head_dim], k and v [n, kv_heads, head_dim], the first two with their angles."""
+        """-> q [n, heads, head_dim], k and v [kv_heads, n, head_dim], the first two with their angles."""
         spec = self._spec
         heads = qkv.reshape(len(qkv), -1, spec.head_dim)
         q_and_k = self._kernels.rotate(heads[:, : spec.heads + spec.kv_heads], self._cos, self._sin)
-        return q_and_k[:, : spec.heads], q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
+        k, v = q_and_k[:, spec.heads :], heads[:, spec.heads + spec.kv_heads :]
+        return q_and_k[:, : spec.heads], k.transpose(1, 0, 2), v.transpose(1, 0, 2)
 
     def attention(self, steps: Steps) -> Rows | None:
         """The next step; the last gives the context, like its queries."""

@@ -154,32 +154,25 @@ class KVCache:
                 turn.set_result(None)
 
     def store(self, layer: int, span: Span, k: Rows, v: Rows) -> None:
-        """k, v: [n, kv_heads, head_dim] of the span's tokens."""
+        """k, v: [kv_heads, n, head_dim] of the span's tokens."""
         block, end = self._blocks[span.block], span.start + span.length
-        block.keys[layer, :, span.start : end] = k.transpose(1, 0, 2)
-        block.values[layer, :, span.start : end] = v.transpose(1, 0, 2)
+        block.keys[layer, :, span.start : end] = k
+        block.values[layer, :, span.start : end] = v
         self._stored[layer] = span.position + span.length
         if self._turns:
             turn = self._turns.pop((layer, self._stored[layer]), None)
             if turn is not None and not turn.done():
                 turn.set_result(None)
 
-    def past(self, layer: int, span: Span) -> Run:
-        """Keys and values of all tokens up to the span's last: [kv_heads, tokens, head_dim] each."""
-        runs = self.runs(layer, span)
-        if len(runs) == 1:
-            return runs[0]
-        return np.concatenate([keys for keys, _ in runs], axis=1), np.concatenate(
-            [values for _, values in runs], axis=1
-        )
-
-    def runs(self, layer: int, span: Span) -> list[Run]:
-        """The same, block by block: views."""
+    def runs(self, span: Span) -> list[Run]:
+        """Keys and values of all tokens up to the span's last, block by block: views of all layers,
+        [layers, kv_heads, tokens, head_dim] each.
+        """
         past = self._blocks[: span.block]
         own, end = self._blocks[span.block], span.start + span.length
         return [
-            *((block.keys[layer, :, : block.used], block.values[layer, :, : block.used]) for block in past),
-            (own.keys[layer, :, :end], own.values[layer, :, :end]),
+            *((block.keys[:, :, : block.used], block.values[:, :, : block.used]) for block in past),
+            (own.keys[:, :, :end], own.values[:, :, :end]),
         ]
 
 

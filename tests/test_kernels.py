@@ -22,7 +22,8 @@ from transformers.models.llama.modeling_llama import (
 
 from tee_side import attention, few_rows, many_rows
 from tee_side.arrays import Rows
-from tee_side.attention import Run, attend, attend_ones
+from tee_side.attention import Run, attend
+from tee_side.decode_attention import DecodeAttention
 from tee_side.model import Model
 from tee_side.pace import Pace
 from tee_side.rope import RopeTable
@@ -175,9 +176,14 @@ def test_attention_by_key_heads_is_the_same_to_the_bit(lengths: list[int]) -> No
     assert len(steps) == 3 * (1 if lengths == [40] else 3) + 1
 
 
+def of_all_layers(*layers: list[Run]) -> list[Run]:
+    """The runs of one sequence, as the KV cache has them."""
+    return [tuple(map(np.stack, zip(*runs, strict=True))) for runs in zip(*layers, strict=True)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    pasts=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=3), min_size=2, max_size=11),
+    pasts=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=3), min_size=1, max_size=11),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 3), (4, 2)]),
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 1000),
@@ -186,15 +192,20 @@ def test_one_query_of_each_sequence_is_as_if_it_were_alone_to_the_bit(
     pasts: list[list[int]], heads: tuple[int, int], scale: float, seed: int
 ) -> None:
     kv_heads, group = heads
-    runs = [runs_of(lengths, kv_heads, seed + index, scale) for index, lengths in enumerate(pasts)]
-    q = random(len(pasts), kv_heads * group, HEAD_DIM, seed=seed + 2).numpy()
-    given_q = q.copy()
-    found = last(attend_ones(q, runs))
-    for index, (*before, own) in enumerate(runs):
-        alone = last(attend(q[index : index + 1], before, own, whole=True))
-        assert (found[index] == alone[0]).all()
-    assert found.shape == q.shape
-    assert (q == given_q).all()
+    layers = [
+        [runs_of(lengths, kv_heads, seed + 100 * layer + index, scale) for index, lengths in enumerate(pasts)]
+        for layer in range(2)
+    ]
+    decoding = DecodeAttention([of_all_layers(*runs) for runs in zip(*layers, strict=True)], group)
+    for layer, sequences in enumerate(layers):
+        q = random(len(pasts), kv_heads * group, HEAD_DIM, seed=seed + layer).numpy()
+        given_q = q.copy()
+        found = last(decoding.attend(layer, q))
+        for index, (*before, own) in enumerate(sequences):
+            alone = last(attend(q[index : index + 1], before, own, whole=True))
+            assert (found[index] == alone[0]).all()
+        assert found.shape == q.shape
+        assert (q == given_q).all()
 
 
 def test_probabilities_are_the_textbooks() -> None:

@@ -51,8 +51,8 @@ def test_any_sequence_of_chunks_and_steps_is_plain_attention(chunks: list[int], 
         rows = slice(start, start + length)
         span = cache.extend(length)
         assert span.position == start
-        cache.store(1, span, k[rows].numpy(), v[rows].numpy())
-        *before, own = cache.runs(1, span)
+        cache.store(1, span, k[rows].transpose(0, 1).numpy(), v[rows].transpose(0, 1).numpy())
+        *before, own = ((keys[1], values[1]) for keys, values in cache.runs(span))
         outputs.append(torch.from_numpy(last(attend(q[rows].numpy(), before, own, whole=False))))
         start += length
     everything = k.transpose(0, 1).numpy(), v.transpose(0, 1).numpy()
