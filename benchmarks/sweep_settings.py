@@ -43,4 +43,4 @@ def _made_of(name: str, checkpoint: Checkpoint, dtype: str) -> tuple[Any, ...]:
     options = make(EngineOptions, options_of(name) | {"dtype": dtype})
     room = Room.of(checkpoint.spec, Layouts(checkpoint.spec, WIRE_DTYPES[dtype]), options, "cpu")
     bell = options.doorbell != "off" and doorbell.supported()
-    return room, policy(options, room, "cpu"), bell, options.threads or default_threads()
+    return room, policy(options, room, "cpu", "doorbell"), bell, options.threads or default_threads()

@@ -74,8 +74,8 @@ class Pipeline:
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
         attend = attention_in(wire_dtype(options.dtype, sealer.weight_bits))
         self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, link.pace, recorder)
-        room = link.session.room
-        scheduler: Scheduler[Request] = Scheduler(policy(options, room, link.session.device))
+        session, room = link.session, link.session.room
+        scheduler: Scheduler[Request] = Scheduler(policy(options, room, session.device, session.carrier.transport))
         lanes = [Lane(index, room.slots) for index in range(room.lanes)]
         note = None if recorder is None else recorder.note
         self._batches = Batches(scheduler, self._model, link, sealer, lanes, note, self.meter)

@@ -16,6 +16,7 @@ from tee_side.scheduler import Policy
 CPU_LANES, CPU_CHUNK_TOKENS = 2, 1024
 GPU_LANES, GPU_CHUNK_TOKENS = 4, 256
 DECODE_LANES = 2  # at most: each more splits the same requests into more batches, and hides nothing more
+SHARED_MEMORY = ("doorbell", "shm")  # transports, as records.RpcRecord names them
 DEFAULT_SLOT_BYTES = 16 << 20
 MOST_PORTIONS = 64  # requests in one micro-batch
 # A call of attention scores is one call, as in the system that these partitions stand for, up to this size.
@@ -50,19 +51,22 @@ class Room:
         return cls(lanes, slots, _slot_bytes(spec, layouts, options, chunk_tokens), chunk_tokens)
 
 
-def policy(options: EngineOptions, room: Room, device: str) -> Policy:
-    """How tokens are put together. device: of the GPU side.
+def policy(options: EngineOptions, room: Room, device: str, transport: str) -> Policy:
+    """How tokens are put together. device: of the GPU side; transport: the way to it.
 
     Where the products run on the CPU, two batches of decodes would read all weights twice, and one of more than
-    DECODE_ROWS falls off the fast products; on a GPU, one batch is computed there while the other is here.
+    DECODE_ROWS falls off the fast products. On a GPU one batch is computed there while the other is here, but two are
+    twice the calls: more than a decode step's products on a near GPU give back (docs/measurements.md), and less than a
+    network's way there and back. With --lanes it is as asked for.
     """
     is_cpu = _is_cpu(device)
+    one_batch = is_cpu or (options.lanes is None and transport in SHARED_MEMORY)
     alone = Op.QK in OPERATIONS[options.partition]
     together = DECODE_ROWS if is_cpu else MOST_PORTIONS
     return Policy(
         chunk_tokens=room.chunk_tokens,
         most_portions=1 if alone else together,
-        decode_lanes=1 if is_cpu else min(DECODE_LANES, room.lanes),
+        decode_lanes=1 if one_batch else min(DECODE_LANES, room.lanes),
     )
 
 

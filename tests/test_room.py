@@ -35,7 +35,7 @@ def test_a_prompt_is_one_chunk_on_a_cpu_and_several_on_a_gpu_all_in_flight(room_
 
     def chunks(device: str) -> list[int]:
         room = room_for(device)
-        scheduler: Scheduler[str] = Scheduler(policy(OPTIONS, room, device))
+        scheduler: Scheduler[str] = Scheduler(policy(OPTIONS, room, device, "doorbell"))
         scheduler.add("a", range(1024))
         lengths = [len(portion.tokens) for batch in iter(scheduler.next, []) for portion in batch]
         assert len(lengths) <= room.lanes
@@ -52,25 +52,37 @@ def test_a_slot_takes_a_chunk(device: str, room_for: Callable[..., Room], demo_m
     assert room.chunk_tokens * widest <= room.slot_bytes < 2 * room.chunk_tokens * widest
 
 
-@pytest.mark.parametrize(("lanes", "decode_lanes"), [(1, 1), (2, 2), (8, 2)])
-def test_decodes_are_in_as_many_batches_as_there_are_sides(
-    lanes: int, decode_lanes: int, room_for: Callable[..., Room]
+@pytest.mark.parametrize(
+    ("lanes", "transport", "decode_lanes"),
+    [
+        (None, "doorbell", 1),
+        (None, "shm", 1),
+        (None, "binary", 2),
+        (None, "msgpack", 2),
+        (1, "binary", 1),
+        (2, "doorbell", 2),
+        (8, "doorbell", 2),
+    ],
+)
+def test_decodes_are_in_two_batches_where_the_gpu_is_far_or_lanes_are_asked_for(
+    lanes: int | None, transport: str, decode_lanes: int, room_for: Callable[..., Room]
 ) -> None:
+    options = replace(OPTIONS, lanes=lanes)
     for device, expected in (
         ("cuda:0", Policy(256, MOST_PORTIONS, decode_lanes)),
         ("cpu", Policy(1024, DECODE_ROWS, 1)),
     ):
-        assert policy(OPTIONS, room_for(device, lanes=lanes), device) == expected
+        assert policy(options, room_for(device, lanes=lanes), device, transport) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_what_is_asked_for_is_done(device: str, room_for: Callable[..., Room]) -> None:
     room = room_for(device, chunk_tokens=77, lanes=3)
-    assert (room.lanes, policy(OPTIONS, room, device).chunk_tokens) == (3, 77)
+    assert (room.lanes, policy(OPTIONS, room, device, "shm").chunk_tokens) == (3, 77)
 
 
 @pytest.mark.parametrize("partition", ["per-op", "batched"])
 def test_partitions_that_send_scores_run_one_request_at_a_time(partition: str, room_for: Callable[..., Room]) -> None:
     room = room_for("cuda:0", partition=partition)
     assert room.lanes == 1
-    assert policy(replace(OPTIONS, partition=partition), room, "cuda:0").most_portions == 1
+    assert policy(replace(OPTIONS, partition=partition), room, "cuda:0", "doorbell").most_portions == 1
