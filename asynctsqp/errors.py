@@ -20,12 +20,22 @@
 one line that says what to do next; it never contains a prompt, a token or an activation.
 """
 
+from __future__ import annotations
+
+from typing import Self
+
 
 class AsynctsqpError(Exception):
     """Base of all errors of this project."""
 
     exit_code = 1
     retryable = False
+
+    def again(self) -> Self:
+        """The same for somebody else: a raised exception collects the traceback of whoever awaited it."""
+        same = type(self)(*self.args)
+        same.__cause__ = self.__cause__
+        return same
 
 
 class BadInputError(AsynctsqpError):

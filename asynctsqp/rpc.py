@@ -142,7 +142,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply] = loop.create_future()
         if self.lost is not None:
-            future.set_exception(self._loss())
+            future.set_exception(self.lost.again())
             settled()
             return future
         self._pending[call_id] = _Pending(future, self._awake_s + LOOK_S + deadline_s, settled)
@@ -182,7 +182,7 @@ class Connection:
     def check(self) -> None:
         """Raises what the connection was lost to, if it was."""
         if self.lost is not None:
-            raise self._loss()
+            raise self.lost.again()
 
     async def ended(self) -> None:
         """Waits until it is lost."""
@@ -295,9 +295,5 @@ class Connection:
         for call in pending.values():
             call.settled()
             if not call.future.done():
-                call.future.set_exception(self._loss())
+                call.future.set_exception(cause.again())
                 call.future.exception()  # marks it as seen: a call whose caller has left is no news
-
-    def _loss(self) -> GpuSideError:
-        """A fresh copy for every waiter: a raised exception collects the traceback of who awaited it."""
-        return type(self.lost)(str(self.lost)) if self.lost else GpuSideLost("lost")

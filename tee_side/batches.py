@@ -82,7 +82,7 @@ class Batches:
     def submit(self, request: Request, prompt: Sequence[int], every: bool) -> None:
         """every: the scores after each token are wanted, and nothing else. Raises what this engine failed with."""
         if self.failure is not None:
-            raise _fresh(self.failure)
+            raise self.failure.again()
         self._scheduler.add(request, prompt, every)
         self._work.set()
 
@@ -175,7 +175,7 @@ class Batches:
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._scheduler.remove(request)
-        request.fail(_fresh(_as_ours(error)))
+        request.fail(_as_ours(error).again())
 
 
 def _as_ours(error: Exception) -> AsynctsqpError:
@@ -184,13 +184,6 @@ def _as_ours(error: Exception) -> AsynctsqpError:
     failure = AsynctsqpError(f"the request failed: {one_line(error)}")
     failure.__cause__ = error
     return failure
-
-
-def _fresh(error: AsynctsqpError) -> AsynctsqpError:
-    """One for each who waits: a raised exception collects the traceback of who awaited it."""
-    fresh = type(error)(str(error))
-    fresh.__cause__ = error.__cause__
-    return fresh
 
 
 def _wanted_rows(portion: Portion[Request]) -> int:
