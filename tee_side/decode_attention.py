@@ -46,13 +46,15 @@ class DecodeAttention:
         for step in self._steps:
             for sequence in step:
                 sequence.score(layer)
-            yield None
+            if len(step) == TOGETHER:
+                yield None
         self._scores -= np.maximum.reduce(self._scores, axis=-1, keepdims=True)
         np.exp(self._scores, out=self._scores)
         for step in self._steps:
             for sequence in step:
                 sequence.weigh(layer)
-            yield None
+            if len(step) == TOGETHER:
+                yield None
         self._contexts /= self._sums
         yield self._contexts.reshape(q.shape)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import asynctsqp
 
-WARM_UP, ROUNDS, ROUND = 1000, 4, 500  # requests, rounds, requests in each
+WARM_UP, ROUNDS, ROUND = 1000, 8, 500  # requests, rounds, requests in each
 AT_ONCE = 8
 SETTLE_S = 0.3  # cancelled requests end on their own
 CONTAINERS = (dict, list, set, deque)
