@@ -12,8 +12,8 @@ from pathlib import Path
 from tests.conftest import ROOT, GpuProcess
 
 # What each 500 requests after the warm-up may add. A leak of 2 KiB a request would be 1,000 kB in every round, of one
-# object 500. What happens once is none: a new largest batch, one more piece for an allocator, caches that fill late. The
-# GPU side's of decode calls, by their rows and places, may take more than four rounds.
+# object 500. What happens once is none: a new largest batch, one more piece for an allocator, a cache that fills late.
+# The GPU side's cache of decode calls, by their rows and places, may take more than four rounds.
 MOST_GROWTH = {"RssAnon": 500, "objects": 250, "entries": 25, "tasks": 0, "threads": 0, "open files": 0}
 
 
