@@ -72,19 +72,22 @@ def _softmax_of_scores(q: Rows, runs: Sequence[Run]) -> Rows:
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     context = np.empty_like(q)
-    _weigh(scores, runs, context)
+    ends = np.cumsum([keys.shape[1] for keys, _ in runs])
+    shares = np.split(scores, ends[:-1], axis=-1)
+    weigh([(part, values) for part, (_, values) in zip(shares, runs, strict=True)], context)
     context /= np.add.reduce(scores, axis=-1, keepdims=True)
     return context
 
 
-def _weigh(shares: Rows, runs: Sequence[Run], context: Rows) -> None:
-    """Writes the sum of all values, each times its share. shares: [kv_heads, group, tokens]; context: like a query."""
-    (_, values), *others = runs
-    end = values.shape[1]
-    np.matmul(shares[:, :, :end], values, out=context)
-    for _, values in others:
-        start, end = end, end + values.shape[1]
-        context += np.matmul(shares[:, :, start:end], values)
+def weigh(parts: Sequence[tuple[Rows, Rows]], context: Rows) -> None:
+    """Writes the sum of all values, each times its share.
+
+    parts: of each run its tokens' shares, [kv_heads, group, tokens], and values; context: like a query.
+    """
+    (shares, values), *others = parts
+    np.matmul(shares, values, out=context)
+    for shares, values in others:
+        context += np.matmul(shares, values)
 
 
 def flash_of_one(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Part:

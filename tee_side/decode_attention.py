@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tee_side.arrays import Rows
-from tee_side.attention import Run, Steps
+from tee_side.attention import Run, Steps, weigh
 
 TOGETHER = 4  # sequences' products in one step: some ten microseconds each
 
@@ -62,25 +62,22 @@ class DecodeAttention:
 class _Sequence:
     """Views of one sequence's part of everything."""
 
-    __slots__ = ("_context", "_first", "_others", "_products", "_shares", "_sum")
+    __slots__ = ("_context", "_parts", "_q", "_shares", "_sum")
 
     def __init__(self, runs: Sequence[Run], q: Rows, scores: Rows, context: Rows, total: Rows) -> None:
         ends = np.cumsum([keys.shape[2] for keys, _ in runs])
-        parts = [scores[..., end - keys.shape[2] : end] for end, (keys, _) in zip(ends, runs, strict=True)]
-        self._products = [(q, keys.swapaxes(2, 3), part) for (keys, _), part in zip(runs, parts, strict=True)]
-        self._first, *self._others = [(part, values) for (_, values), part in zip(runs, parts, strict=True)]
+        parts = np.split(scores, ends[:-1], axis=-1)
+        self._parts = [(keys.swapaxes(2, 3), part, values) for (keys, values), part in zip(runs, parts, strict=True)]
+        self._q = q
         self._shares = scores
         self._context = context
         self._sum = total
 
     def score(self, layer: int) -> None:
-        for q, keys, scores in self._products:
-            np.matmul(q, keys[layer], out=scores)
+        for keys, scores, _ in self._parts:
+            np.matmul(self._q, keys[layer], out=scores)
 
     def weigh(self, layer: int) -> None:
         """The sum of all values, each times its share; and the sum of the shares."""
-        shares, values = self._first
-        np.matmul(shares, values[layer], out=self._context)
-        for shares, values in self._others:
-            self._context += np.matmul(shares, values[layer])
+        weigh([(shares, values[layer]) for _, shares, values in self._parts], self._context)
         np.add.reduce(self._shares, axis=-1, keepdims=True, out=self._sum)
