@@ -38,6 +38,7 @@ RING_BYTES = WORDS_BYTES + ENTRIES * ENTRY_BYTES
 
 SPIN_S = 0.01  # longer than a decode step's longest product or pause, shorter than anyone's patience
 LOOKS = 16  # between two turns of the event loop, which cost as much as some of them: ten microseconds in all
+TURN_S = 0.0005  # at most between two turns of the loop, even where each message is here at the first looks
 SLEEP_S = 0.1  # at most, before a parked side looks again
 
 _HEAD, _PARKED = 0, 8  # in 8-byte words: a cache line each
@@ -121,6 +122,7 @@ class Doorbell:
         self._looks = looks
         self._woken = asyncio.Event()
         self._near = True  # was the last message near enough to spin for?
+        self._turn_at = time.perf_counter()
 
     def send(self, message: bytes) -> None:
         """message: at most MAX_MESSAGE_BYTES. Never waits: the ring has an entry for each call in flight."""
@@ -129,23 +131,26 @@ class Doorbell:
 
     async def receive(self) -> bytes:
         """The next message. Raises ProtocolError if the other side broke the ring."""
-        start = time.perf_counter()
-        while (message := self._incoming.pop()) is None:
-            looks = self._looks()
-            if self._near and looks and time.perf_counter() - start < SPIN_S:
-                self._look(looks)
-                await asyncio.sleep(0)
-            else:
-                await self._sleep()
-        self._near = time.perf_counter() - start < SPIN_S
+        while (message := self.pop()) is None:
+            await self.arrival()
         return message
 
-    async def receive_all(self) -> list[bytes]:
-        """The next message, and those that are here already."""
-        messages = [await self.receive()]
-        while len(messages) < ENTRIES and (message := self._incoming.pop()) is not None:
-            messages.append(message)
-        return messages
+    def pop(self) -> bytes | None:
+        """The next message if it is here. Raises ProtocolError if the other side broke the ring."""
+        return self._incoming.pop()
+
+    async def arrival(self, unwanted: Callable[[], bool] = lambda: False) -> None:
+        """Waits until a message is here, or is unwanted: after that the memory is not looked at."""
+        start = time.perf_counter()
+        if start - self._turn_at > TURN_S:
+            await self._turn()
+        while not unwanted() and not self.waiting():
+            looks = self._looks()
+            if not self._near or not looks or time.perf_counter() - start > SPIN_S:
+                await self._sleep()
+            elif not self._look(looks):
+                await self._turn()
+        self._near = time.perf_counter() - start < SPIN_S
 
     def waiting(self) -> bool:
         """Whether a message is here that nobody has received."""
@@ -159,11 +164,18 @@ class Doorbell:
         self._outgoing.close()
         self._incoming.close()
 
-    def _look(self, looks: int) -> None:
+    def _look(self, looks: int) -> bool:
+        """Whether a message is here, perhaps after some time."""
         for _ in range(looks):
             if self._incoming.waiting():
-                return
+                return True
             os.sched_yield()  # who computes what we wait for may be queued behind us on this core
+        return False
+
+    async def _turn(self) -> None:
+        """Lets other coroutines run."""
+        await asyncio.sleep(0)
+        self._turn_at = time.perf_counter()
 
     async def _sleep(self) -> None:
         self._woken.clear()

@@ -1,5 +1,6 @@
-"""The TEE side's end of one connection, to a GPU side or a mask peer: many calls in flight, each a future, one task
-that reads.
+"""The TEE side's end of one connection, to a GPU side or a mask peer: many calls in flight, each a future.
+
+One task reads the socket; a doorbell is read by whoever waits for an answer.
 
 A connection lives once. When it is lost, late or hostile it fails every waiting call with the cause and never
 comes back: link.py on the TEE side decides whether to make another.
@@ -101,7 +102,8 @@ class Connection:
         self._heard = 0  # messages so far
         self._awake_s = 0.0  # a clock that stands still while this process is stopped, as with Ctrl-Z
         self._doorbell: Doorbell | None = None
-        self._called = asyncio.Event()
+        self._readers = 0  # of the doorbell's ring: all that wait for an answer
+        self._abandoned = asyncio.Event()  # there are calls that nobody waits for
         self._ended = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -150,8 +152,23 @@ class Connection:
             self._socket.send_multipart([encode(message), *frames], copy=not frames)
         else:
             self._doorbell.send(encode(message))
-            self._called.set()
         return future
+
+    async def answer(self, reply: asyncio.Future[Reply]) -> Reply:
+        """Waits for what `call` has given.
+
+        Whoever waits for an answer through a doorbell reads there, for all others too: so it goes on in the very turn
+        of the loop in which its own is here.
+        """
+        if self._doorbell is not None:
+            self._readers += 1
+            try:
+                await self._read_ring(self._doorbell, reply.done)
+            finally:
+                self._readers -= 1
+                if self._pending and not self._readers:  # calls whose callers have left
+                    self._abandoned.set()
+        return await reply
 
     def use_doorbell(self, region: Region, looks: Callable[[], int]) -> None:
         """From here on calls and their answers go through the region's rings; `close` lets go of the region.
@@ -159,8 +176,13 @@ class Connection:
         looks: as Doorbell wants it.
         """
         outgoing, incoming = Ring(region.call_ring()), Ring(region.answer_ring())
-        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, looks)
-        self._tasks.append(asyncio.create_task(self._listen(self._doorbell)))
+
+        def share() -> int:
+            """All readers take turns."""
+            return -(-looks() // max(1, self._readers))
+
+        self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, share)
+        self._tasks.append(asyncio.create_task(self._read_abandoned(self._doorbell)))
 
     async def request(self, call_id: int, message: ToGpu) -> ToTee:
         """`call`, for the messages of the handshake: waits as long as the other side says that it is alive."""
@@ -222,18 +244,24 @@ class Connection:
                 self._accept(frames[0].buffer, frames[1].buffer if len(frames) == MAX_FRAMES else None)
                 await asyncio.sleep(0)  # a side that never stops talking must not keep the deadlines from passing
 
-    async def _listen(self, doorbell: Doorbell) -> None:
+    async def _read_abandoned(self, doorbell: Doorbell) -> None:
+        """Reads while nobody waits, so that the slots of calls whose callers have left come back."""
+        while self.lost is None:
+            await self._abandoned.wait()
+            self._abandoned.clear()
+            await self._read_ring(doorbell, lambda: self._readers > 0 or not self._pending)
+
+    async def _read_ring(self, doorbell: Doorbell, done: Callable[[], bool]) -> None:
         with self._failing_on_nonsense():
-            while self.lost is None:
-                if not self._pending:
-                    self._called.clear()
-                    await self._called.wait()
-                for message in await doorbell.receive_all():
+            while not done():
+                await doorbell.arrival(done)
+                while not done() and (message := doorbell.pop()) is not None:
                     answer = decode_to_tee(message)
                     if not isinstance(answer, Done | Refused):
                         raise ProtocolError("only answers to calls go through a doorbell")
                     self._settle(answer, None)
-                await asyncio.sleep(0)  # first who waits for it, then the next look
+                if not done():
+                    await asyncio.sleep(0)  # first those whose answers these were, then the next look
 
     @contextlib.contextmanager
     def _failing_on_nonsense(self) -> Iterator[None]:
@@ -292,6 +320,8 @@ class Connection:
         self.lost = cause
         self._ended.set()
         pending, self._pending = self._pending, {}
+        if self._doorbell is not None:
+            self._doorbell.wake()  # who reads has nothing to wait for any more
         for call in pending.values():
             call.settled()
             if not call.future.done():

@@ -5,9 +5,9 @@
                                  [--rounds N] [--limit-s N] [--out FILE]
 
 The TEE side is the project's own, with its transport and its doorbell. The GPU side is the project's server over a
-device of a set speed (benchmarks.timed_gpu): its calls take a set time, one after another whatever their lane, and no
-processor. --by products (the default) shares the device's time out by multiplications, as where computing takes the
-time; --by calls gives each call the same, as where reading the weights does. Two kinds of work:
+device of a set speed (benchmarks.timed_gpu): its calls take a set time, one after another whatever their lane, in which
+nothing is computed. --by products (the default) shares the device's time out by multiplications, as where computing
+takes the time; --by calls gives each call the same, as where reading the weights does. Two kinds of work:
 
 - prefill: a prompt of --prompt-tokens random tokens (1024), cut into chunks of --chunk-tokens (128), until the first
   token of its answer. Chunks are what the lanes have in flight.
@@ -25,9 +25,10 @@ No schedule of few lanes need reach the ideal: a lane's steps are of different l
 wait for each other's longer ones. In decode two lanes are two batches, so twice the calls: more work for the TEE side,
 and with --by calls for the device too, whose time in all, `device` in the table, is what the ideal is made from.
 
-Not measured: a GPU, its transfers, a network. A timer wakes the GPU side up; `late` is how long after the end of a
-product's time that was (median). The default of --threads leaves one core to the GPU side's polling. Rounds are taken
-until --rounds of them were quiet (others took at most 5 % of the cores), or --limit-s, of one kind of work, are over.
+Not measured: a GPU, its transfers, a network. The GPU side looks for a product's end once a turn of its loop, as for a
+GPU's; `late` is how long after the end it has seen it (median). The default of --threads leaves a core to its polling.
+Rounds are taken until --rounds of them were quiet (others took at most 5 % of the cores), or --limit-s, of one kind of
+work, are over.
 """
 
 from __future__ import annotations

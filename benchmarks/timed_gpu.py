@@ -1,9 +1,10 @@
 """A GPU side that computes nothing: the project's own server, over a device of our choosing.
 
-What a product costs on it is set, and it takes that time without using the processor, as a GPU does. It is one device:
-products wait for each other, whatever lane they come from. Answers are what the slots hold, which is zeros, since
-nobody writes there; the weights are torch's meta tensors, which take no memory. "meta" is also what the TEE side hears
-that the device is: not a CPU, so that it forms batches as for a GPU.
+What a product costs on it is set, and nothing is computed in that time: the server looks for its end as for that of a
+GPU's product (gpu_side/cuda.py), once a turn of its loop. It is one device: products wait for each other, whatever lane
+they come from. Answers are what the slots hold, which is zeros, since nobody writes there; the weights are torch's meta
+tensors, which take no memory. "meta" is also what the TEE side hears that the device is: not a CPU, so that it forms
+batches as for a GPU.
 
 Driven as a worker of benchmarks.harness. Everything that benchmarks need to know of the GPU side's inside is here.
 """
@@ -23,7 +24,6 @@ from asynctsqp.doorbell import LOOKS
 from asynctsqp.loop_thread import LoopThread
 from asynctsqp.shm import Region
 from asynctsqp.sockets import server_socket
-from benchmarks.alarm import Alarm
 from benchmarks.worker import serve
 from gpu_side.executor import Program, Tensors, Times
 from gpu_side.server import Server
@@ -34,9 +34,12 @@ class IdleExecutor:
 
     def __init__(self) -> None:
         self.device = torch.device("meta")
-        self.looks = LOOKS
         self.inline = True
         self.calls = 0
+
+    @property
+    def looks(self) -> int:
+        return LOOKS
 
     def buffer(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
@@ -60,12 +63,16 @@ class IdleExecutor:
 class TimedExecutor(IdleExecutor):
     """Takes a set time for each call, and for each multiplication in it: a device that does one call after another."""
 
-    def __init__(self, alarm: Alarm) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.inline = False  # as on a GPU
-        self._alarm = alarm
+        self._running = 0
         self._free_at = 0.0
         self.set(0.0, 0.0)
+
+    @property
+    def looks(self) -> int:
+        return 1 if self._running else LOOKS
 
     def set(self, call_s: float, product_s: float) -> None:
         """Seconds of a call, and of a multiplication. Counts begin anew."""
@@ -86,7 +93,12 @@ class TimedExecutor(IdleExecutor):
         start = max(time.perf_counter(), self._free_at)
         if seconds:
             self._free_at = end = start + seconds
-            await self._alarm.until(end)
+            self._running += 1
+            try:
+                while time.perf_counter() < end:
+                    await asyncio.sleep(0)
+            finally:
+                self._running -= 1
             self.late_s.append(time.perf_counter() - end)
         return start, seconds
 
@@ -99,7 +111,6 @@ class TimedGpu:
         self._thread = LoopThread("gpu", 1)
         self._executor = IdleExecutor()
         self._serving: asyncio.Task[None] | None = None
-        self._alarm: Alarm | None = None
 
     def serve(self, model: str, timed: bool) -> dict[str, Any]:
         """timed: whether there are times to be set. endpoint: an abstract one (Linux), no file to be left behind."""
@@ -125,8 +136,7 @@ class TimedGpu:
 
     async def _serve(self, endpoint: str, model: str, timed: bool) -> None:
         if timed:
-            self._alarm = Alarm()
-            self._executor = TimedExecutor(self._alarm)
+            self._executor = TimedExecutor()
         bound = asyncio.Event()
         self._serving = asyncio.create_task(_run_server(endpoint, Checkpoint.find(model), self._executor, bound))
         await bound.wait()
@@ -135,8 +145,6 @@ class TimedGpu:
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
-        if self._alarm is not None:
-            self._alarm.close()
 
 
 async def _run_server(endpoint: str, checkpoint: Checkpoint, executor: IdleExecutor, bound: asyncio.Event) -> None:

@@ -16,7 +16,7 @@ from asynctsqp.errors import CallRefused, GpuSideLost, ProtocolError, one_line
 from asynctsqp.messages import Call, Done, Refused
 from asynctsqp.model_spec import Op
 from asynctsqp.reports.records import RpcRecord
-from asynctsqp.rpc import Reply
+from asynctsqp.rpc import Connection, Reply
 from tee_side.arrays import Array, Rows
 from tee_side.lanes import Lane
 from tee_side.link import Link, Session
@@ -109,7 +109,7 @@ class Offload:
             sealed.sent()
             self._totals.calls += 1
             self._totals.bytes_sent += block.layout.input_bytes
-            answer, frame, read_at = await self._reply(reply, sent_at)
+            answer, frame, read_at = await self._answer(connection, reply, sent_at)
             received_at = time.perf_counter()
             self._meter.called(read_at - sent_at)
             if isinstance(answer, Refused):
@@ -143,13 +143,13 @@ class Offload:
                 )
             )
 
-    async def _reply(self, reply: asyncio.Future[Reply], now: float) -> Reply:
+    async def _answer(self, connection: Connection, reply: asyncio.Future[Reply], now: float) -> Reply:
         """Waits, and counts the time in which any call of this pass is waited for, once."""
         if self._waits == 0:
             self._waiting_since = now
         self._waits += 1
         try:
-            return await reply
+            return await connection.answer(reply)
         finally:
             self._waits -= 1
             if self._waits == 0:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks import concurrency, overlap, rpc
-from benchmarks.alarm import Alarm
 from benchmarks.rounds import alternate, percentile, used
 from benchmarks.rpc_worker import WARM_UP
 from benchmarks.timed_gpu import TimedExecutor
@@ -135,8 +134,7 @@ def test_calls_of_all_lanes_wait_for_one_device() -> None:
 
 
 async def _three_calls() -> None:
-    alarm = Alarm()
-    executor = TimedExecutor(alarm)
+    executor = TimedExecutor()
     executor.set(2e-3, 1e-3 / 3)  # [1, 2] -> [1, 3]: 6 multiplications, 2 ms beside the call's own 2
     ended: list[int] = []
 
@@ -148,7 +146,6 @@ async def _three_calls() -> None:
     begin = time.perf_counter()
     times = await asyncio.gather(call(0, 1), call(1, 3), call(0, 2))
     assert time.perf_counter() - begin >= 18e-3
-    alarm.close()
     assert ended == [1, 3, 2]
     assert [seconds for _, seconds in times] == pytest.approx([4e-3, 8e-3, 6e-3])
     assert [start - times[0][0] for start, _ in times] == pytest.approx([0, 4e-3, 12e-3], abs=1e-6)

@@ -6,13 +6,24 @@ import asyncio
 import random
 import secrets
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asynctsqp.doorbell import ENTRIES, LOOKS, MAX_MESSAGE_BYTES, RING_BYTES, SLEEP_S, WORDS_BYTES, Doorbell, Ring
+from asynctsqp.doorbell import (
+    ENTRIES,
+    LOOKS,
+    MAX_MESSAGE_BYTES,
+    RING_BYTES,
+    SLEEP_S,
+    TURN_S,
+    WORDS_BYTES,
+    Doorbell,
+    Ring,
+)
 from asynctsqp.errors import ProtocolError
 
 
@@ -71,17 +82,66 @@ def side(outgoing: memoryview, incoming: memoryview, wakes: list[int], peer: Cal
     return doorbell
 
 
-def test_all_that_is_here_comes_at_once() -> None:
+def one_sided() -> tuple[Ring, Doorbell]:
+    """A doorbell, and who puts messages into its incoming ring."""
+    ring = memoryview(bytearray(RING_BYTES))
+    outgoing = Ring(memoryview(bytearray(RING_BYTES)))
+    return Ring(ring), Doorbell(outgoing, Ring(ring), lambda: None, looks=lambda: LOOKS)
+
+
+def test_one_arrival_is_enough_for_all_that_is_here() -> None:
     async def run() -> None:
-        ring = memoryview(bytearray(RING_BYTES))
-        producer = Ring(ring)
-        doorbell = Doorbell(Ring(memoryview(bytearray(RING_BYTES))), Ring(ring), lambda: None, looks=lambda: LOOKS)
+        producer, doorbell = one_sided()
         messages = [str(number).encode() for number in range(ENTRIES)]
         for message in messages:
             producer.push(message)
-        assert await doorbell.receive_all() == messages
-        producer.push(b"one")
-        assert await doorbell.receive_all() == [b"one"]
+        await doorbell.arrival()
+        assert [doorbell.pop() for _ in messages] == messages
+        assert doorbell.pop() is None
+
+    asyncio.run(run())
+
+
+def test_others_have_their_turns_though_messages_are_always_near() -> None:
+    async def run() -> None:
+        producer, doorbell = one_sided()
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        running = asyncio.create_task(other())
+        start = time.perf_counter()
+        while time.perf_counter() - start < 100 * TURN_S:
+            producer.push(b"again")
+            await doorbell.arrival()
+            assert doorbell.pop() == b"again"
+        running.cancel()
+        assert turns > 10
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("spins", [0.0, 1000.0], ids=["asleep", "polling"])
+def test_who_wants_no_message_any_more_waits_for_none_and_looks_at_nothing(
+    spins: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asynctsqp.doorbell.SPIN_S", spins)
+    monkeypatch.setattr("asynctsqp.doorbell.SLEEP_S", 1000.0)
+
+    async def run() -> None:
+        _, doorbell = one_sided()
+        unwanted = False
+        waiting = asyncio.create_task(doorbell.arrival(lambda: unwanted))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        unwanted = True
+        doorbell.close()  # from here on a look would be an error
+        doorbell.wake()
+        await asyncio.wait_for(waiting, 5)
 
     asyncio.run(run())
 
