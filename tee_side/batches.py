@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from asynctsqp.errors import AsynctsqpError, EngineClosed, one_line
+from asynctsqp.errors import AsynctsqpError, one_line
 from tee_side.arrays import Rows, Tokens
 from tee_side.enclave import RunningSequence
 from tee_side.lanes import Lane
@@ -41,12 +41,18 @@ class Request(Protocol):
         """There will be no more scores."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Flight:
     """One micro-batch on its lane."""
 
     batch: Sequence[Portion[Request]]
-    task: asyncio.Task[Rows]
+    worker: asyncio.Task[None]
+    left: bool = False  # nobody waits for any of it
+
+    def leave(self) -> None:
+        if not self.left:
+            self.left = True
+            self.worker.cancel()
 
 
 class Batches:
@@ -68,16 +74,15 @@ class Batches:
         self._sealer = sealer
         self._note = note
         self._meter = meter
-        self._lanes = lanes
         self.failure: AsynctsqpError | None = None  # of our own, which ends all requests now and later
         self._work = asyncio.Event()
         self._flights: set[_Flight] = set()
-        self._workers = [asyncio.create_task(self._serve(lane)) for lane in lanes]
+        self._workers = {lane: asyncio.create_task(self._serve(lane)) for lane in lanes}
 
     @property
     def idle(self) -> bool:
         """Whether nothing is on its way."""
-        return not self._flights and all(lane.idle for lane in self._lanes)
+        return not self._flights and all(lane.idle for lane in self._workers)
 
     def submit(self, request: Request, prompt: Sequence[int], every: bool) -> None:
         """every: the scores after each token are wanted, and nothing else. Raises what this engine failed with."""
@@ -91,10 +96,10 @@ class Batches:
         self._scheduler.remove(request)
         for flight in self._flights:
             if all(not self._scheduler.has(portion.request) for portion in flight.batch):
-                flight.task.cancel()
+                flight.leave()
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.cancel()
 
     async def _serve(self, lane: Lane) -> None:
@@ -111,31 +116,39 @@ class Batches:
                 self._fail(request, self.failure)
 
     async def _run(self, batch: Sequence[Portion[Request]], lane: Lane) -> None:
+        """The pass begins at once, in the worker itself: what the last one has brought is handed over meanwhile."""
         totals = RpcTotals()
         began_at = time.perf_counter()
         try:
-            flight = _Flight(batch, self._begin(batch, lane, totals))
+            forward = self._begin(batch, lane, totals)
         except Exception as error:  # no memory for keys and values, say
             self._ground(batch, error)
             return
+        flight = _Flight(batch, self._workers[lane])
         self._flights.add(flight)
+        outcome: Rows | Exception | None = None
         try:
-            await asyncio.wait((flight.task,))
-            failure = None if flight.task.cancelled() else flight.task.exception()
-            self._meter.passed(totals, time.perf_counter() - began_at, failure)
-            self._finish(flight, totals)
+            outcome = await forward
+        except asyncio.CancelledError:
+            if not flight.left or flight.worker.uncancel():  # what is still asked for is that all ends
+                raise
+        except Exception as error:
+            outcome = error
         finally:
-            flight.task.cancel()
             self._flights.discard(flight)
             self._scheduler.done(batch)
             self._work.set()
+        failure = outcome if isinstance(outcome, Exception) else None
+        self._meter.passed(totals, time.perf_counter() - began_at, failure)
+        if outcome is not None:
+            self._finish(batch, outcome, totals)
 
-    def _begin(self, batch: Sequence[Portion[Request]], lane: Lane, totals: RpcTotals) -> asyncio.Task[Rows]:
+    def _begin(self, batch: Sequence[Portion[Request]], lane: Lane, totals: RpcTotals) -> Coroutine[Any, Any, Rows]:
         parts = [(portion.request.sequence, len(portion.tokens)) for portion in batch]
         tee = self._model.begin(parts, _wanted(batch), lane.index)
         tokens = np.array([token for portion in batch for token in portion.tokens], np.int64)
         gpu = Offload(self._link, lane, self._sealer, totals, self._note, self._meter)
-        return asyncio.create_task(self._model.forward(tee, gpu, tokens))
+        return self._model.forward(tee, gpu, tokens)
 
     def _ground(self, batch: Sequence[Portion[Request]], error: Exception) -> None:
         """A micro-batch that cannot begin."""
@@ -144,22 +157,19 @@ class Batches:
             self._fail(portion.request, error)
         self._scheduler.done(batch)
 
-    def _finish(self, flight: _Flight, totals: RpcTotals) -> None:
-        if flight.task.cancelled():
-            for portion in flight.batch:  # a task that never began has not said so itself
-                portion.request.sequence.cache.fail(EngineClosed("the pass was cancelled"))
-            return
-        lost = flight.task.exception()
-        rows = sum(len(portion.tokens) for portion in flight.batch)
+    def _finish(self, batch: Sequence[Portion[Request]], outcome: Rows | Exception, totals: RpcTotals) -> None:
+        """outcome: the wanted scores of all, or what the pass has failed with."""
+        rows = sum(len(portion.tokens) for portion in batch)
         start = 0
-        for portion in flight.batch:
-            end = start + (0 if lost else _wanted_rows(portion))
+        for portion in batch:
             portion.request.account(totals, len(portion.tokens) / rows)
-            error = lost or portion.request.sequence.cache.failure
-            if isinstance(error, Exception):
-                self._fail(portion.request, error)
+            end = start + _wanted_rows(portion)
+            if isinstance(outcome, Exception):
+                self._fail(portion.request, outcome)
+            elif failure := portion.request.sequence.cache.failure:
+                self._fail(portion.request, failure)
             elif end > start:
-                self._accept(portion, flight.task.result()[start:end])
+                self._accept(portion, outcome[start:end])
             start = end
 
     def _accept(self, portion: Portion[Request], scores: Rows) -> None:

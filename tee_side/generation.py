@@ -60,9 +60,9 @@ class Generation:
         self._progress.rpc.add(totals, share)
 
     def accept(self, first: int, scores: Rows) -> int | None:
-        rows = _finite(scores)
-        token = self._sampler.choose(rows[0], self._tokens)
-        score = None if self._scorer is None else self._scorer.score(rows, [token])[0]
+        _check(scores)
+        token = self._sampler.choose(scores[0], self._tokens)
+        score = None if self._scorer is None else self._scorer.score(torch.from_numpy(scores), [token])[0]
         self._tokens.append(token)
         self._progress.token_came(time.perf_counter() - self._since)
         self._since = time.perf_counter()
@@ -97,7 +97,8 @@ class Scoring(Generic[Part]):
         pass
 
     def accept(self, first: int, scores: Rows) -> None:
-        self._parts[first] = self._keep(first, _finite(scores))
+        _check(scores)
+        self._parts[first] = self._keep(first, torch.from_numpy(scores))
         self._missing -= len(scores)
         if not self._missing and not self.parts.done():
             # lanes may overtake each other at the end
@@ -108,7 +109,6 @@ class Scoring(Generic[Part]):
             self.parts.set_exception(error)
 
 
-def _finite(scores: Rows) -> torch.Tensor:
+def _check(scores: Rows) -> None:
     if not np.isfinite(scores).all():
         raise ProtocolError("the scores are not finite: the GPU side is broken, or float16 overflowed")
-    return torch.from_numpy(scores)

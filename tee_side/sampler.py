@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from asynctsqp.config import SamplingOptions
+from tee_side.arrays import Rows
 
 
 def generation_config(directory: Path) -> GenerationConfig:
@@ -45,7 +47,7 @@ class Sampler:
         if temperature is None:
             temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
         self._greedy = temperature == 0
-        self._never = torch.tensor(sorted(end) if options.ignore_eos else [], dtype=torch.int64)
+        self._never = np.array(sorted(end) if options.ignore_eos else [], np.int64)
         self._processors = LogitsProcessorList()
         if defaults.repetition_penalty not in (None, 1.0):
             self._processors.append(RepetitionPenaltyLogitsProcessor(defaults.repetition_penalty))
@@ -66,13 +68,16 @@ class Sampler:
         if defaults.min_p:
             self._processors.append(MinPLogitsWarper(defaults.min_p))
 
-    def choose(self, scores: torch.Tensor, tokens: Sequence[int]) -> int:
-        """scores: [vocab] float32 after `tokens` (prompt included) -> the next token."""
-        row = scores.unsqueeze(0)
+    def choose(self, scores: Rows, tokens: Sequence[int]) -> int:
+        """scores: [vocab] after `tokens` (prompt included) -> the next token; the first of equals where greedy."""
+        row = scores
         if len(self._never):
-            row = row.index_fill(1, self._never, -math.inf)
+            row = row.copy()
+            row[self._never] = -math.inf
         if self._processors:
-            row = self._processors(torch.tensor([tokens]), row.clone())  # type: ignore[arg-type]
+            candidates = torch.from_numpy(row).unsqueeze(0).clone()
+            row = self._processors(torch.tensor([tokens]), candidates)[0].numpy()  # type: ignore[arg-type]
         if self._greedy:
-            return int(row.numpy().argmax())  # a tenth of the time of torch's; the first of equals, too
-        return int(torch.multinomial(torch.softmax(row, dim=-1), 1, generator=self._generator))
+            return int(row.argmax())
+        chances = torch.softmax(torch.from_numpy(row), dim=-1)
+        return int(torch.multinomial(chances, 1, generator=self._generator))

@@ -44,7 +44,7 @@ async def until(engine: asynctsqp.Engine, true: Callable[[Pipeline], bool]) -> N
 
 
 def lanes_idle(engine: Pipeline) -> bool:
-    return all(lane.idle for lane in engine._batches._lanes)
+    return all(lane.idle for lane in engine._batches._workers)
 
 
 @pytest.fixture
