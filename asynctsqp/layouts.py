@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asynctsqp.limits import DECODE_ROWS
+from asynctsqp.limits import MOST_PORTIONS
 from asynctsqp.model_spec import PARTS, ModelSpec, Op
 
 ALIGNMENT = 64  # a cache line, and enough for every vector instruction
@@ -80,7 +80,7 @@ class Layouts:
         """Raises ValueError for sizes that the operation cannot have."""
         if rows < 1 or (keys < 1) == (op in _ATTENTION) or keys < 0:
             raise ValueError(f"{op.name} of {rows} rows and {keys} keys")
-        if keys or rows > DECODE_ROWS:
+        if keys or rows > MOST_PORTIONS:
             return self._make(op, rows, keys, reused=False)
         if (op, rows) not in self._reused:
             self._reused[op, rows] = self._make(op, rows, keys, reused=True)

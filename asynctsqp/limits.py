@@ -8,5 +8,6 @@ SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be regist
 MAX_FRAME_BYTES = 256 << 20  # a peer that sends more in one frame is disconnected before it is buffered
 WIRE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DECODE_ROWS = 16  # up to here a call is a decode step's: short, and made again and again
+MOST_PORTIONS = 64  # requests in one micro-batch, so rows of the largest step that decodes alone
 HELPER_THREADS = 4  # of an event loop, for what blocks: an enclave's threads are counted before it starts
 MASK_BLOCK_BYTES = 4 << 20  # of one request to a mask peer, in words of masks and of their products

@@ -9,7 +9,7 @@ from asynctsqp.compression import Compression
 from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import BadInputError, CallRefused, ProtocolError
 from asynctsqp.layouts import OPERATIONS, Layout, Layouts, tensors_in
-from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES
+from asynctsqp.limits import DECODE_ROWS, MAX_FRAME_BYTES, MAX_LANES
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.shm import Region, SlotTensors
@@ -148,9 +148,12 @@ class Client:
         op, layout = self._checked(call)
         inputs, outputs = self._in_region(call, layout)
         # of EMBEDDING the token ids are looked at anew each time
-        if not layout.reused or op is Op.EMBEDDING or len(self._kept) == MOST_KEPT:
+        if not layout.reused or op is Op.EMBEDDING:
             return self._prepared(call, op, inputs, outputs, repeats=None)
-        prepared = self._kept[key] = self._prepared(call, op, inputs, outputs, repeats=key)
+        if len(self._kept) == MOST_KEPT:
+            self._kept.clear()  # what still comes is back within a token
+        repeats = key if call.rows <= DECODE_ROWS else None  # what is recorded of it has less room
+        prepared = self._kept[key] = self._prepared(call, op, inputs, outputs, repeats)
         return prepared
 
     def _prepared(self, call: Call, op: Op, inputs: Tensors, outputs: Tensors, repeats: object) -> Prepared:

@@ -20,6 +20,8 @@ from asynctsqp.tensor_codec import writable
 from tee_side.arrays import Array
 from tee_side.places import Places, places_in, shared_places_in
 
+MOST_KEPT = 4096  # places of calls that are remembered, a kilobyte or two each; a decode step on one slot has five
+
 Frames = tuple[memoryview | bytes, ...]
 Arrays = tuple[Array, ...]
 
@@ -72,6 +74,8 @@ class SharedMemoryCarrier:
         request, reply = self._region.slot(call.lane, call.slot)
         places = shared_places_in(request, layout.inputs), shared_places_in(reply, layout.outputs)
         if layout.reused:  # those of a decode step: making them takes as long as the product's call
+            if len(self._kept) == MOST_KEPT:
+                self._kept.clear()  # what still comes is back within a token
             self._kept[key] = places
         return places
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import BadInputError, PromptError
 from asynctsqp.layouts import OPERATIONS, Layouts
-from asynctsqp.limits import DECODE_ROWS, SLOT_ALIGNMENT, SLOTS
+from asynctsqp.limits import DECODE_ROWS, MOST_PORTIONS, SLOT_ALIGNMENT, SLOTS
 from asynctsqp.model_spec import ModelSpec, Op
 from tee_side.scheduler import Policy
 
@@ -18,7 +18,6 @@ GPU_LANES, GPU_CHUNK_TOKENS = 4, 256
 DECODE_LANES = 2  # at most: each more splits the same requests into more batches, and hides nothing more
 SHARED_MEMORY = ("doorbell", "shm")  # transports, as records.RpcRecord names them
 DEFAULT_SLOT_BYTES = 16 << 20
-MOST_PORTIONS = 64  # requests in one micro-batch
 # A call of attention scores is one call, as in the system that these partitions stand for, up to this size.
 SCORES_SLOT_BYTES = 64 << 20
 

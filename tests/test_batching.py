@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import asynctsqp
+from tee_side import carriers
 from tee_side.kv_cache import KVCache, Span
 from tee_side.scheduler import Scheduler
 from tests.test_parity import reference
@@ -100,6 +101,23 @@ def test_requests_beyond_the_memory_wait_and_are_answered(connect: Connect, tiny
     async def run() -> list[list[int]]:
         async with connect(kv_memory=512 << 10) as engine:
             return await asyncio.gather(*(ask(engine, prompt, tokens=8) for prompt in asked))
+
+    assert asyncio.run(run()) == [reference(tiny_model("gqa"), prompt, 8) for prompt in asked]
+
+
+def test_places_that_make_way_for_others_change_no_token(
+    connect: Connect, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carriers, "MOST_KEPT", 2)
+    asked = prompts(6, 70)
+
+    async def run() -> list[list[int]]:
+        async with connect() as engine:
+            answers = await asyncio.gather(*(ask(engine, prompt, tokens=8) for prompt in asked))
+            carrier = engine._pipeline._link.session.carrier  # type: ignore[union-attr]
+            assert isinstance(carrier, carriers.SharedMemoryCarrier)
+            assert 0 < len(carrier._kept) <= 2
+            return answers
 
     assert asyncio.run(run()) == [reference(tiny_model("gqa"), prompt, 8) for prompt in asked]
 

@@ -18,6 +18,7 @@ from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.messages import Call
 from asynctsqp.model_spec import Op
 from asynctsqp.shm import Region
+from gpu_side import client
 from gpu_side.cpu import CpuExecutor
 from gpu_side.executor import Program, Tensors, Times
 from gpu_side.graphs import Graphs
@@ -143,9 +144,13 @@ def weights(checkpoint: Checkpoint) -> Weights:
     return Weights(checkpoint, "float32", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("most_kept", [client.MOST_KEPT, 2])
 @pytest.mark.parametrize("partition", OPERATIONS)
-def test_what_is_promised_to_repeat_does(partition: str, checkpoint: Checkpoint, weights: Weights) -> None:
+def test_what_is_promised_to_repeat_does(
+    partition: str, most_kept: int, checkpoint: Checkpoint, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All calls three times, over new inputs, on an executor that computes only what it was given first."""
+    monkeypatch.setattr(client, "MOST_KEPT", most_kept)
 
     async def run() -> Remembering:
         executor = Remembering()
@@ -170,7 +175,7 @@ def test_what_is_promised_to_repeat_does(partition: str, checkpoint: Checkpoint,
 
 
 def test_calls_of_other_sizes_do_not_repeat(checkpoint: Checkpoint, weights: Weights) -> None:
-    """A decode step's call has its place in a slot; a larger one has another each time, and one in a message none."""
+    """A small decode step's call has its place in a slot; a larger one is not recorded, one in a message has none."""
 
     async def run() -> list[object]:
         executor = Remembering()

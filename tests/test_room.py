@@ -13,8 +13,8 @@ import torch
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
 from asynctsqp.layouts import Layouts
-from asynctsqp.limits import DECODE_ROWS
-from tee_side.room import MOST_PORTIONS, Room, policy
+from asynctsqp.limits import DECODE_ROWS, MOST_PORTIONS
+from tee_side.room import Room, policy
 from tee_side.scheduler import Policy, Scheduler
 
 OPTIONS = EngineOptions()
