@@ -122,7 +122,7 @@ class Doorbell:
         self._looks = looks
         self._woken = asyncio.Event()
         self._near = True  # was the last message near enough to spin for?
-        self._turn_at = time.perf_counter()
+        self._came_at = self._turn_at = time.perf_counter()
 
     def send(self, message: bytes) -> None:
         """message: at most MAX_MESSAGE_BYTES. Never waits: the ring has an entry for each call in flight."""
@@ -140,17 +140,22 @@ class Doorbell:
         return self._incoming.pop()
 
     async def arrival(self, unwanted: Callable[[], bool] = lambda: False) -> None:
-        """Waits until a message is here, or is unwanted: after that the memory is not looked at."""
+        """Waits until a message is here, or is unwanted: after that the memory is not looked at.
+
+        Several may wait at once. As long as messages come for one of them, all look out for theirs.
+        """
         start = time.perf_counter()
         if start - self._turn_at > TURN_S:
             await self._turn()
         while not unwanted() and not self.waiting():
             looks = self._looks()
-            if not self._near or not looks or time.perf_counter() - start > SPIN_S:
+            if not self._near or not looks or time.perf_counter() - max(start, self._came_at) > SPIN_S:
                 await self._sleep()
             elif not self._look(looks):
                 await self._turn()
-        self._near = time.perf_counter() - start < SPIN_S
+        now = time.perf_counter()
+        self._near = now - max(start, self._came_at) < SPIN_S
+        self._came_at = now
 
     def waiting(self) -> bool:
         """Whether a message is here that nobody has received."""

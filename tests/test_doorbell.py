@@ -146,6 +146,31 @@ def test_who_wants_no_message_any_more_waits_for_none_and_looks_at_nothing(
     asyncio.run(run())
 
 
+def test_who_waits_for_long_puts_nobody_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose answer comes late leaves those awake whose answers come soon, even if it sees none of these."""
+    monkeypatch.setattr("asynctsqp.doorbell.SPIN_S", 0.5)
+    monkeypatch.setattr("asynctsqp.doorbell.TURN_S", 1000.0)
+
+    async def run() -> None:
+        producer, doorbell = one_sided()
+        start = time.perf_counter()
+        late = asyncio.create_task(doorbell.arrival(lambda: time.perf_counter() - start > 1.5))
+        woken = 0
+        while not late.done():
+            await asyncio.sleep(0.02)
+            woken += producer.push(b"soon")
+            await doorbell.arrival()
+            assert doorbell.pop() == b"soon"
+        await asyncio.wait_for(late, 5)
+        soon = asyncio.create_task(doorbell.arrival())
+        await asyncio.sleep(0.02)
+        woken += producer.push(b"and after it")
+        await soon
+        assert not woken
+
+    asyncio.run(run())
+
+
 def test_no_wake_up_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ping-pong between two loops in two threads, with random pauses around the moment of parking.
 
