@@ -247,6 +247,9 @@ class LostRightAfterTheAnswer:
         self._lost = self._breaks
         return future
 
+    async def answer(self, reply: asyncio.Future[Any]) -> Any:
+        return await reply
+
     def take(self, call: Call, layout: Any, answer: Done, frame: None, outputs: tuple[np.ndarray]) -> None:
         if self._lost:
             raise ValueError("buffer is smaller than requested size")
