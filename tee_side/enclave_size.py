@@ -22,12 +22,12 @@ from asynctsqp.config import MODEL_HELP, EngineOptions, OneLineParser, add_argum
 from asynctsqp.ending import ended
 from asynctsqp.integer_weights import matrices
 from asynctsqp.layouts import Layouts
-from asynctsqp.limits import DECODE_ROWS, HELPER_THREADS
+from asynctsqp.limits import HELPER_THREADS
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.quantize import BLOCK
 from asynctsqp.tensor_codec import wire_dtype
 from tee_side.freivalds import COLUMNS
-from tee_side.room import Room
+from tee_side.room import SHARED_MEMORY, Room, policy
 from tee_side.rounded_attention import SCORES
 from tee_side.row_threads import PIECE
 from tee_side.tokenizer import Tokenizer
@@ -79,18 +79,17 @@ class Size:
     def of(cls, checkpoint: Checkpoint, options: EngineOptions) -> Size:
         """Imports what the TEE side imports, to measure it. Raises BadInputError for options that make no sense."""
         spec = checkpoint.spec
-        bits = 0 if options.protect == "none" else options.weight_bits
-        # a GPU side on a CPU: its chunks take more memory than a GPU's, on however many lanes
-        room = Room.of(spec, Layouts(spec, wire_dtype(options.dtype, bits)), options, "cpu")
-        slots = 2 * room.lanes * room.slots * room.slot_bytes
+        # chunks are longer where the GPU side is on a CPU; lanes, and requests in a batch, are more where it is not
+        in_flight = (_in_flight(spec, options, device) for device in ("cpu", "cuda"))
+        working, slots = (max(lines, key=lambda line: line.size) for lines in zip(*in_flight, strict=True))
         messages = options.transport in ("binary", "msgpack")
         threads = tuple(_threads(options))
         lines = (
             *_measured(checkpoint),
             *_of_weights(checkpoint, options),
             Line("keys and values", options.kv_memory or KV_MEMORY, "--kv-memory"),
-            _working(spec, options, room),
-            Line("slots", slots if messages else 0, _slots(room, "messages" if messages else "outside, shared")),
+            working,
+            slots if messages else Line(slots.name, 0, f"{slots.arithmetic}, outside: shared"),
             Line(
                 "thread stacks",
                 STACK * sum(n for _, n in threads),
@@ -99,7 +98,7 @@ class Size:
             ),
             Line("Gramine itself", GRAMINE, "library OS and its heap", exact=True),
         )
-        return cls(lines, threads, 0 if messages else slots)
+        return cls(lines, threads, 0 if messages else slots.size)
 
 
 def main() -> int:
@@ -169,11 +168,24 @@ def _reading(checkpoint: Checkpoint, options: EngineOptions, largest: int) -> Li
     return Line("a matrix being read", largest * each + blocks, f"{largest} x {each} + {blocks} of blocks")
 
 
-def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
+def _in_flight(spec: ModelSpec, options: EngineOptions, device: str) -> tuple[Line, Line]:
+    """What calls take on their way, and their slots. device: the GPU side's."""
+    bits = 0 if options.protect == "none" else options.weight_bits
+    room = Room.of(spec, Layouts(spec, wire_dtype(options.dtype, bits)), options, device)
+    scored = policy(options, room, device, SHARED_MEMORY[0]).most_portions
+    slots = f"2 x {room.lanes} lanes x {room.slots} x {room.slot_bytes}"
+    return (
+        _working(spec, options, room, scored),
+        Line("slots", 2 * room.lanes * room.slots * room.slot_bytes, slots),
+    )
+
+
+def _working(spec: ModelSpec, options: EngineOptions, room: Room, scored: int) -> Line:
     """A chunk on each lane: x in float32 and float64, as words, its mask; y as words, the mask's product, in float32.
 
-    What is checked is in float64, some rows on each thread. A batch of decodes has scores. Attention in bfloat16
-    (rounded_attention.py), one at a time, has its own scores, and the keys and values so far.
+    scored: rows of a chunk that have scores, one of each request. What is checked is in float64, some rows on each
+    thread. Attention in bfloat16 (rounded_attention.py), one at a time, has its own scores, and the keys and values so
+    far.
     """
     rows = min(room.chunk_tokens, spec.max_positions)
     x_bytes, y_bytes = 3 * WORD + DOUBLE, 3 * WORD
@@ -184,16 +196,12 @@ def _working(spec: ModelSpec, options: EngineOptions, room: Room) -> Line:
     pieces = PIECE * (options.threads or THREADS)
     rounded = options.dtype == "bfloat16" and options.protect == "none"
     attended = 2 * (SCORES + 2 * spec.kv_heads * spec.head_dim * spec.max_positions) if rounded else 0
-    size = room.lanes * (rows * widest + DECODE_ROWS * scores) + pieces * checked + attended
+    size = room.lanes * (rows * widest + scored * scores) + pieces * checked + attended
     return Line(
         "working memory",
         size,
-        f"{room.lanes} lanes x ({rows} x {widest} + {DECODE_ROWS} x {scores}) + {pieces} x {checked} + {attended}",
+        f"{room.lanes} lanes x ({rows} x {widest} + {scored} x {scores}) + {pieces} x {checked} + {attended}",
     )
-
-
-def _slots(room: Room, where: str) -> str:
-    return f"2 x {room.lanes} lanes x {room.slots} x {room.slot_bytes} ({where})"
 
 
 def _threads(options: EngineOptions) -> Iterator[tuple[str, int]]:

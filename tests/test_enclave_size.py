@@ -15,7 +15,7 @@ from asynctsqp.config import EngineOptions
 from tee_side.enclave_size import Size
 from tests.conftest import ROOT, GpuProcess
 
-SETTINGS: dict[str, Any] = {"protect": "full", "kv_memory": "64M", "mask_memory": "128M", "threads": 2}
+SETTINGS: dict[str, Any] = {"protect": "full", "kv_memory": "64M", "mask_memory": "128M", "threads": 2, "lanes": 2}
 FLAGS = [word for name, value in SETTINGS.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 # As the manifest sets it: one arena, so that freed memory is used again
@@ -25,7 +25,7 @@ import asyncio, sys
 import asynctsqp
 
 async def main() -> None:
-    options = dict(protect="full", kv_memory="64M", mask_memory="128M", threads=2)
+    options = dict(protect="full", kv_memory="64M", mask_memory="128M", threads=2, lanes=2)
     async with asynctsqp.Engine.connect(sys.argv[1], sys.argv[2], **options) as engine:
         await engine.prepare_masks(1 << 20)  # until they fill their memory
         sizes = [1050] + [40] * 4  # all keys and values that fit, prompts on both lanes, a batch of decodes
@@ -74,6 +74,9 @@ def test_the_size_grows_with_what_it_is_made_of(demo_model: Path) -> None:
     assert after["masks and their weights"] - before["masks and their weights"] == (2048 - 128) << 20
     checked = 128 * 8 * 3072  # by each thread at a time, whatever the number of lanes
     assert after["working memory"] - 8 * checked == 2 * (before["working memory"] - 2 * checked)
+    of_a_row = 20 * 576 + 20 * 49152  # and its scores, of which a batch on a GPU may have 64
+    of_a_token = 20 * 576 + 12 * 3072 + 12 * 576
+    assert before["working memory"] - 2 * checked == 2 * (256 * of_a_token + 64 * of_a_row)
     assert after["embedding"] == before["embedding"] == 49152 * 576 * 4
     assert large.max_threads - small.max_threads == 4 * (8 - 2)  # three teams of OpenMP's, and rows
     bare = {"protect": "none", "mask_memory": None}
