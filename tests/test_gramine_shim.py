@@ -59,6 +59,8 @@ def enclave(model: Path, gpu: str, directory: Path, *flags: str) -> Iterator[Enc
     command += ["--", "--model", str(model), "--gpu", gpu, "--serve", "127.0.0.1:0", *ENCLAVE, *files, *flags]
     environment = os.environ | {"UV_USE_IO_URING": "0", "MALLOC_ARENA_MAX": "1", "TMPDIR": str(sealed)}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(sealed / "torchinductor")
+    # scikit-learn, of the dev extra, tries a semaphore out when it is imported, as it is by transformers 5.17
+    environment["JOBLIB_MULTIPROCESSING"] = "0"
     with pseudo_files(directory / "attestation", sgx_quote):
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=ROOT, text=True, env=environment)
