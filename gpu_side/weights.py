@@ -10,18 +10,19 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import PARTS, LinearSpec, Op
 from asynctsqp.tensor_codec import WIRE_DTYPES
-from gpu_side import blocked, memory
+from gpu_side import blocked, memory, widened
 
 
 @dataclass(frozen=True)
 class Linear:
     """weight: [out_features, in_features], as the device has it, or in oneDNN's blocked layout (blocked.py).
 
-    bias: [out_features] or None; one dtype, one device.
+    bias: [out_features] or None; one dtype, one device. widen: products of many rows are made in float32 (widened.py).
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    widen: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`product`, into a tensor of its own."""
@@ -33,6 +34,8 @@ class Linear:
         """x: [rows, in_features] -> out: [rows, out_features] = x W^T (+ bias)."""
         if self.weight.is_mkldnn:
             blocked.product(x, self.weight, self.bias, out)
+        elif self.widen and len(x) >= widened.FEWEST_ROWS:
+            widened.product(x, self.weight, self.bias, out)
         elif self.bias is None:
             torch.mm(x, self.weight.t(), out=out)
         else:
@@ -61,6 +64,7 @@ class Weights:
         self._device = device
         spec = checkpoint.spec
         self._block = blocked.works(self._dtype, device)
+        self._widen = widened.pays(self._dtype, device)
         self._linears = {
             (op, layer): self._load(linear, layer)
             for op, linear in spec.linears.items()
@@ -104,7 +108,7 @@ class Weights:
     def _load(self, linear: LinearSpec, layer: int) -> Linear:
         weight = self._stack(linear, layer, ".weight", (linear.out_features, linear.in_features))
         bias = self._stack(linear, layer, ".bias", (linear.out_features,)) if linear.bias else None
-        return Linear(blocked.of(weight) if self._block else weight, bias)
+        return Linear(blocked.of(weight) if self._block else weight, bias, self._widen)
 
     def _load_parts(self, linear: LinearSpec, parts: tuple[Op, ...]) -> None:
         """What a fused linear is made of, one by one: read again, for the partition that measures what fusing saves."""
