@@ -13,6 +13,7 @@ from asynctsqp.quantize import slices
 
 FEWEST_ROWS = 16  # of x: for fewer, the detour takes longer than the loops
 WEIGHTS = 1 << 19  # that are float32 at once: 2 MiB
+CHANNELS = 64  # of a piece, or a multiple: with odd numbers of them a product takes half as long again
 
 
 def pays(dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,12 +33,14 @@ def pays(dtype: torch.dtype, device: torch.device) -> bool:
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """x: [rows, in_features], weight: [out_features, in_features], all of one dtype -> out = x W^T (+ bias)."""
     features, width = weight.shape
-    step = max(1, WEIGHTS // width)
+    step = max(CHANNELS, WEIGHTS // width // CHANNELS * CHANNELS)
     given = x.float()
     scratch = torch.empty(min(step, features), width)
+    room = torch.empty(len(x) * len(scratch))
     for columns in slices(features, step):
-        part = weight[columns]
-        total = torch.mm(given, scratch[: len(part)].copy_(part).t())
+        piece = weight[columns]
+        total = room[: len(x) * len(piece)].view(len(x), len(piece))
+        torch.mm(given, scratch[: len(piece)].copy_(piece).t(), out=total)
         if bias is not None:
             total += bias[columns]
         out[:, columns] = total
