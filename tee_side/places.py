@@ -58,6 +58,22 @@ class _Many:
         torch.from_numpy(y).copy_(self._view)
 
 
+class _FewRounded(_Many):
+    """The same of a few elements in bfloat16, which are the upper halves of float32's words: numpy reads them.
+
+    It has less code to fetch into the caches between two products than torch's cast has.
+    """
+
+    def __init__(self, view: torch.Tensor) -> None:
+        super().__init__(view)
+        self._halves = view.view(torch.uint16).numpy()
+
+    def read(self, y: Array) -> None:
+        words = y.view(np.uint32)
+        np.copyto(words, self._halves)
+        words <<= 16
+
+
 class _Words:
     """torch's copy of many elements that are not cast, cut for its threads between words only."""
 
@@ -126,4 +142,5 @@ def _place(memory: memoryview, area: Area) -> Place:
     count = math.prod(area.shape)
     if area.dtype in _NUMPY and count <= FEW_ELEMENTS:
         return _Few(np.frombuffer(memory, _NUMPY[area.dtype], count, area.offset).reshape(area.shape))
-    return _Many(torch.frombuffer(memory, dtype=area.dtype, count=count, offset=area.offset).view(area.shape))
+    view = torch.frombuffer(memory, dtype=area.dtype, count=count, offset=area.offset).view(area.shape)
+    return _FewRounded(view) if area.dtype == torch.bfloat16 and count <= FEW_ELEMENTS else _Many(view)

@@ -56,3 +56,14 @@ def test_shared_memory_is_touched_by_words(shape: tuple[int, int], monkeypatch: 
     for offset, size, dtype in views:
         assert offset % 8 == size % 8 == 0
         assert dtype is torch.int64
+
+
+@pytest.mark.parametrize("columns", [256, 512])  # FEW_ELEMENTS in all, which numpy reads, and twice as many
+def test_every_bfloat16_there_is_comes_out_as_torch_has_it(columns: int) -> None:
+    """Infinities, numbers too small for an exponent, and whatever is not a number included."""
+    every = np.tile(np.arange(1 << 16, dtype=np.uint16), columns // 256).reshape(-1, columns)
+    (place,) = places_in(memoryview(bytearray(every.tobytes())), (Area(every.shape, torch.bfloat16, 0, 0),))
+    y = np.empty(every.shape, np.float32)
+    place.read(y)
+    expected = torch.from_numpy(every).view(torch.bfloat16).float().numpy()
+    assert np.array_equal(y.view(np.uint32), expected.view(np.uint32))
