@@ -84,7 +84,7 @@ class EngineOptions:
     slot_bytes: int | None = _size(
         "of each slot, two or three a lane and direction (default: what a chunk needs, up to 16M)"
     )
-    kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory)")
+    kv_memory: int | None = _size("for keys and values of all sequences (default: a quarter of the memory there is)")
     doorbell: str = option("auto", "poll shared memory instead of a socket", choices=("auto", "on", "off"))
     reconnect_s: float = option(0.0, "how long to try to reach a lost GPU side again", type=float, metavar="N")
     loop: str = option("uvloop", "event loop of the engine and of its service", choices=("uvloop", "asyncio"))

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import AsynctsqpError, BadInputError, one_line
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,7 +30,7 @@ def ended(program: str, work: Callable[[], None], failed: str) -> int:
         _drop_output()
     except OSError as error:
         _drop_output()
-        print(f"{program}: error: {failed}: {error.strerror}", file=sys.stderr)
+        print(f"{program}: error: {failed}: {one_line(error.strerror or error)}", file=sys.stderr)
         return BadInputError.exit_code
     return 0
 

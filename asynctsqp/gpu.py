@@ -12,7 +12,7 @@ from asynctsqp.config import MODEL_HELP, OneLineParser
 from asynctsqp.cores import default_threads, openmp
 from asynctsqp.ending import at_once
 from asynctsqp.endpoints import check_endpoint
-from asynctsqp.errors import AsynctsqpError, BadInputError
+from asynctsqp.errors import AsynctsqpError, BadInputError, one_line
 from asynctsqp.limits import MAX_THREADS, WIRE_DTYPE_NAMES
 
 DEFAULT_BIND = "tcp://127.0.0.1:5555"
@@ -31,6 +31,9 @@ def main() -> int:
     except AsynctsqpError as error:
         print(f"asynctsqp.gpu: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full /tmp, say
+        print(f"asynctsqp.gpu: error: cannot serve: {one_line(error)}", file=sys.stderr)
+        return BadInputError.exit_code
     except KeyboardInterrupt:  # before the event loop listens for signals
         return 0
     return 0

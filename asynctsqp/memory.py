@@ -31,6 +31,14 @@ def gib(size: int) -> str:
     return f"{size / (1 << 30):.2f} GiB"
 
 
+def host_bytes(root: Path = Path("/")) -> int:
+    """What there is for us in all: the machine's, and no more than the limit of each control group around us."""
+    total = _numbers(root / "proc/meminfo").get("MemTotal:")
+    limits = (_lines(group / limit) for group, limit, *_ in _groups(root))
+    bounds = [int(lines[0]) for lines in limits if lines and lines[0].isdigit()]  # "max" is no limit
+    return min([*bounds, sys.maxsize if total is None else total << 10])
+
+
 def free_host_bytes(root: Path = Path("/")) -> int:
     """What may still be allocated: the machine's, and no more than each control group around us leaves.
 
@@ -46,15 +54,21 @@ def _available(root: Path) -> Iterator[int]:
 
 
 def _cgroup_headrooms(root: Path) -> Iterator[int]:
-    """One for each limit on our group and the groups around it."""
+    """One for each limit."""
+    for group, *files in _groups(root):
+        yield from _headroom(group, *files)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Our group and the groups around it, with the names of their files."""
     for line in _lines(root / "proc/self/cgroup"):  # number:controllers:path, without controllers in version 2
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        mount, *files = CGROUP_FILES[1 if controllers else 2]
+        mount, limit, use, prefix = CGROUP_FILES[1 if controllers else 2]
         group = PurePosixPath(path.lstrip("/"))
         for outer in (group, *group.parents):
-            yield from _headroom(root / mount / outer, *files)
+            yield root / mount / outer, limit, use, prefix
 
 
 def _headroom(group: Path, limit_file: str, usage_file: str, prefix: str) -> Iterator[int]:

@@ -150,8 +150,13 @@ def _check_socket_is_stale(path: Path, endpoint: str) -> None:
     """ZeroMQ would replace whatever lies there, another server's socket too."""
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise BadInputError(f"cannot listen at {endpoint}: {path} is not a socket")
-    with contextlib.suppress(ConnectionRefusedError), socketlib.socket(socketlib.AF_UNIX) as probe:
-        probe.connect(str(path))
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError as error:  # of another kind than ours, say
+            raise BadInputError(f"cannot listen at {endpoint}: {path} is in use: {error.strerror}") from None
         raise BadInputError(f"cannot listen at {endpoint}: it is in use")
 
 

@@ -46,7 +46,7 @@ class Bank:
         """shapes: (N, K) of every matrix; load: reads one, as Quantized makes it; limit: bytes of u that are kept."""
         self._stocks = {matrix: Stock(n, k) for matrix, (n, k) in shapes.items()}
         self._spare = dict.fromkeys(shapes, FIRST_SPARE)  # rows to be made beyond those that are missing
-        self._load, self._ring, self._stream, self._limit = load, ring, stream, limit
+        self._load, self._ring, self._stream = load, ring, stream
         self._lock = threading.Lock()
         self.row_bytes = sum(stock.row_bytes for stock in self._stocks.values())  # of a token's way through all
         self._most_rows = max(0, limit - words_ahead_bytes(shapes)) // self.row_bytes

@@ -147,8 +147,9 @@ class PeerPads:
                 shelf.serve()  # who came later may need fewer
 
     async def prepare(self, tokens: int, report: Report = silent) -> int:
-        self._check()
         wanted = min(tokens, self._room.most_rows)
+        if self.rows < wanted:
+            self._check()
         while self.rows < wanted and (self._in_flight or self._choose() is not None):
             here = sum(min(shelf.stock.rows, wanted) for shelf in self._shelves.values())
             report("receiving masks", here, wanted * len(self._shelves))
@@ -156,7 +157,7 @@ class PeerPads:
             self._wanted.set()
             await self._arrived.wait()
             if self._failure is not None:
-                raise _copy(self._failure)
+                raise self._failure.again()
         return self.rows
 
     @contextlib.contextmanager
@@ -181,7 +182,7 @@ class PeerPads:
         if failure is None:
             return
         if not failure.retryable:
-            raise _copy(failure)
+            raise failure.again()
         self._failure = None  # --reconnect-s did not help then, and may now
         self._wanted.set()
 
@@ -253,10 +254,5 @@ class PeerPads:
         for shelf in self._shelves.values():
             for _, future in shelf.waiting:
                 if not future.done():
-                    future.set_exception(_copy(error))
+                    future.set_exception(error.again())
             shelf.waiting.clear()
-
-
-def _copy(error: AsynctsqpError) -> AsynctsqpError:
-    """A fresh one for each who waits: a raised exception collects the traceback of who awaited it."""
-    return type(error)(str(error))

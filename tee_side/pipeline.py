@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from asynctsqp.config import EngineOptions, SamplingOptions
 from asynctsqp.errors import AsynctsqpError, CheckpointError, ContextLengthError, one_line
 from asynctsqp.filling import Report, silent
 from asynctsqp.layouts import OPERATIONS, Layouts
+from asynctsqp.memory import host_bytes
 from asynctsqp.model_spec import Op
 from asynctsqp.reports.clock import ClockOffset
 from asynctsqp.tensor_codec import wire_dtype
@@ -70,7 +70,7 @@ class Pipeline:
         config, self._defaults = _read_configs(checkpoint.directory)
         self._tokenizer = Tokenizer(checkpoint.directory, spec.vocab_size)
         self._end = end_tokens(self._defaults, config)
-        self._memory = KVMemory(spec, options.kv_memory or _quarter_of_memory())
+        self._memory = KVMemory(spec, options.kv_memory or host_bytes() // 4)
         weights = Weights(checkpoint, embedding=Op.EMBEDDING not in OPERATIONS[options.partition])
         attend = attention_in(wire_dtype(options.dtype, sealer.weight_bits))
         self._model = Model(spec, config, weights, PARTITIONS[options.partition], attend, link.pace, recorder)
@@ -219,7 +219,3 @@ def _read_configs(directory: Path) -> tuple[LlamaConfig, GenerationConfig]:
     except Exception as error:  # whatever transformers raises for each of its many fields
         raise CheckpointError(f"{directory}: its config or generation config is unusable: {one_line(error)}") from None
     return config, defaults
-
-
-def _quarter_of_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

@@ -16,7 +16,6 @@ to lengths and times may tell something about it. docs/threat-model.md has the w
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
@@ -29,7 +28,7 @@ from asynctsqp.errors import BadInputError, IntegrityError
 from asynctsqp.filling import Report, silent
 from asynctsqp.integer_weights import Matrix, digest_of, fingerprint, matrices, read
 from asynctsqp.key_stream import KeyStream, Words
-from asynctsqp.memory import gib, give_back
+from asynctsqp.memory import gib, give_back, host_bytes
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.ring import Ring
 from asynctsqp.rpc import Target
@@ -237,5 +236,4 @@ def _too_little(memory: int, row_bytes: int) -> BadInputError:
 
 
 def _mask_memory(options: EngineOptions) -> int:
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return options.mask_memory or min(MOST_MASK_MEMORY, machine // 8)
+    return options.mask_memory or min(MOST_MASK_MEMORY, host_bytes() // 8)

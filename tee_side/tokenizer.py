@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import transformers
@@ -60,12 +61,12 @@ class Tokenizer:
                 raise PromptError("the prompt is empty")
             prompt.encode()
             return list(self._tokenizer.encode(prompt))
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise PromptError("a prompt is text, token ids, or chat messages")
         messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
         if messages and len(messages) == len(prompt):
             return self._encode_chat(messages)
-        tokens = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
+        tokens = [int(token) for token in prompt if isinstance(token, Integral) and not isinstance(token, bool)]
         if len(tokens) != len(prompt):
             raise PromptError("a prompt is text, token ids, or chat messages, and not a mixture")
         return tokens

@@ -170,9 +170,6 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-KILL = signal.SIGKILL
-
-
 def until_idle(pid: int, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Until a process has used almost no time of a processor for half a second.
 

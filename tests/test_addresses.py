@@ -80,6 +80,15 @@ def test_a_port_in_use(tiny_gpu: GpuProcess, tiny_model: Callable[[str], Path]) 
     assert_one_error(ended, 2, "in use", tiny_gpu.endpoint, program="asynctsqp.gpu")
 
 
+def test_a_socket_of_another_kind_in_use(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        ended = run_gpu("--model", str(tiny_model("gqa")), "--bind", f"ipc://{path}")
+        assert_one_error(ended, 2, "cannot listen", "in use", program="asynctsqp.gpu")
+        assert path.is_socket(), "it was taken away"
+
+
 def test_a_socket_in_use(
     tmp_path: Path, tiny_model: Callable[[str], Path], start_gpu: Callable[..., GpuProcess]
 ) -> None:

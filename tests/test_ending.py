@@ -16,6 +16,16 @@ from tests.processes import ROOT
 
 PROGRAM = "from asynctsqp.ending import ended; import sys; sys.exit(ended('p', lambda: print('x' * 9), 'cannot write'))"
 
+LATE = """
+import sys
+from asynctsqp.ending import ended
+
+def work():
+    raise TimeoutError("too slow")
+
+sys.exit(ended("p", work, "cannot write"))
+"""
+
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
@@ -57,3 +67,8 @@ def test_a_full_disk_is_one_line() -> None:
             [sys.executable, "-c", PROGRAM], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, timeout=60
         )
     assert (done.returncode, done.stderr) == (2, b"p: error: cannot write: No space left on device\n")
+
+
+def test_what_the_system_says_in_other_words_is_one_line_too() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"p: error: cannot write: too slow\n")

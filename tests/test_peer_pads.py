@@ -261,6 +261,7 @@ def test_what_the_peer_fails_with_reaches_all_who_wait_and_the_next_may_try_agai
         asked = len(peer.asked)
         await settle()
         assert len(peer.asked) == asked, "nobody is asked until somebody comes"
+        assert await pads.prepare(0) == 0, "how many there are can be asked all the same"
         with pytest.raises(GpuSideLost):
             await pads.prepare(10)
         peer.error = None

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.errors import BadInputError
-from asynctsqp.memory import free_host_bytes
+from asynctsqp.memory import free_host_bytes, host_bytes
 from asynctsqp.random_weights import RandomTensor
 from gpu_side.device import choose
 from gpu_side.server import Server
@@ -167,10 +167,35 @@ SYSTEMS: dict[str, tuple[dict[str, str], int]] = {
 }
 
 
+def write(files: dict[str, str], root: Path) -> None:
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_free_memory_is_read_as_the_system_tells_it(name: str, tmp_path: Path) -> None:
     files, free = SYSTEMS[name]
-    for path, content in files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(content)
+    write(files, tmp_path)
     assert free_host_bytes(tmp_path) == free
+
+
+def test_all_the_memory_there_is_is_the_machine_s() -> None:
+    assert 0 < host_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("nothing to read", sys.maxsize),
+        ("no groups", 4000 * MIB),
+        ("no limit", 4000 * MIB),
+        ("a limit further out", 500 * MIB),
+        ("used up", 500 * MIB),
+        ("version 1", 500 * MIB),
+        ("version 1 without limit", 4000 * MIB),
+    ],
+)
+def test_a_container_has_no_more_than_its_limit(name: str, size: int, tmp_path: Path) -> None:
+    write(SYSTEMS[name][0], tmp_path)
+    assert host_bytes(tmp_path) == size

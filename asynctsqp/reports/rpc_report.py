@@ -72,7 +72,7 @@ class RpcReport(msgspec.Struct, frozen=True):
 def report_of(rpcs: Sequence[RpcRecord]) -> RpcReport:
     """rpcs: at least one."""
     bounds = boundaries(rpcs)
-    phases = _phases(rpcs, bounds)
+    phases = _phases(rpcs)
     parts = {part: math.fsum(phases[part]) for part in PARTS}
     calls_s = math.fsum(parts.values())
     methods = [_method(name, which, rpcs, phases, calls_s) for name, which in _by_method(rpcs).items()]
@@ -88,7 +88,7 @@ def report_of(rpcs: Sequence[RpcRecord]) -> RpcReport:
     )
 
 
-def _phases(rpcs: Sequence[RpcRecord], bounds: FloatArray) -> dict[str, FloatArray]:
+def _phases(rpcs: Sequence[RpcRecord]) -> dict[str, FloatArray]:
     """Seconds of each phase of each call."""
     rows = [(rpc.encode_s, rpc.send_s, rpc.wait_s, rpc.receive_s, rpc.decode_s) for rpc in rpcs]
     phases = dict(zip(PHASES, np.array(rows, np.float64).reshape(-1, len(PHASES)).T, strict=True))
