@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asynctsqp.errors import CallRefused, GpuSideLost, HandshakeRefused, ProtocolError, one_line
+from asynctsqp.errors import (
+    AsynctsqpError,
+    CallRefused,
+    GpuSideLost,
+    HandshakeRefused,
+    ProtocolError,
+    one_line,
+)
 from asynctsqp.integer_weights import Matrix
 from asynctsqp.key_stream import KeyStream, new_key, row_words
 from asynctsqp.mask_blocks import most_rows
@@ -66,10 +73,10 @@ class MaskPeer:
         peer._session = await connect_within(reconnect_s, peer._connect)
         return peer
 
-    def check(self) -> None:
-        """Raises what the connection was lost to, if it was and there will be no other."""
-        if not self._reconnect_s:
-            self._session.connection.check()
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        """What the connection was lost to, if it was and there will be no other."""
+        return None if self._reconnect_s else self._session.connection.lost
 
     async def ask(self, matrix: Matrix, rows: int) -> Batch:
         """New rows of a matrix: at most mask_blocks.most_rows. Cancelled, it leaves them to nobody.

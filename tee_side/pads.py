@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from asynctsqp.cores import cores
+from asynctsqp.errors import AsynctsqpError
 from asynctsqp.filling import Report, silent
 from asynctsqp.integer_weights import Matrix
 from asynctsqp.loop_thread import set_threads_of_this_thread
@@ -33,6 +34,10 @@ def cores_to_spare() -> bool:
 class Pads(Protocol):
     """Where the masks of calls, and their products, come from."""
 
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        """What every call fails with from now on."""
+
     async def take(self, matrix: Matrix, rows: int) -> Pad:
         """Of one call."""
 
@@ -49,6 +54,8 @@ class Pads(Protocol):
 
 class BankPads:
     """Made by the enclave itself. Make it in a running loop."""
+
+    failure: AsynctsqpError | None = None
 
     def __init__(self, bank: Bank, threads: int) -> None:
         """threads: to make them with."""

@@ -146,6 +146,11 @@ class PeerPads:
                 shelf.waiting.remove(waiter)
                 shelf.serve()  # who came later may need fewer
 
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        final = self._failure is not None and not self._failure.retryable
+        return self._failure if final else self._peer.failure
+
     async def prepare(self, tokens: int, report: Report = silent) -> int:
         wanted = min(tokens, self._room.most_rows)
         if self.rows < wanted:
@@ -177,14 +182,11 @@ class PeerPads:
         self._peer.close()
 
     def _check(self) -> None:
-        self._peer.check()
-        failure = self._failure
-        if failure is None:
-            return
-        if not failure.retryable:
+        if failure := self.failure:
             raise failure.again()
-        self._failure = None  # --reconnect-s did not help then, and may now
-        self._wanted.set()
+        if self._failure is not None:
+            self._failure = None  # --reconnect-s did not help then, and may now
+            self._wanted.set()
 
     def _expect(self, matrix: Matrix, rows: int) -> None:
         for _ in range(MATRICES_AHEAD):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from asynctsqp.errors import IntegrityError
+from asynctsqp.errors import AsynctsqpError
 from asynctsqp.filling import Report, silent
 from asynctsqp.model_spec import Op
 from tee_side.arrays import Array, Rows
@@ -43,7 +43,10 @@ class Sealer(Protocol):
 
     weight_bits: int  # of the products; 0 where they are of floating-point numbers
     weights: bytes  # the fingerprint of those weights
-    failure: IntegrityError | None  # what every call fails with from now on
+
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        """What every call fails with from now on."""
 
     async def seal(self, op: Op, layer: int, inputs: Arrays, outputs: Outputs) -> Sealed:
         """outputs: room for the answer, [rows, features] float32 each."""
@@ -63,7 +66,7 @@ class Clear:
 
     weight_bits = 0
     weights = b""
-    failure: IntegrityError | None = None
+    failure: AsynctsqpError | None = None
 
     async def seal(self, op: Op, layer: int, inputs: Arrays, outputs: Outputs) -> Sealed:
         return _ClearBlock(inputs, outputs)

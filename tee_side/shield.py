@@ -24,7 +24,7 @@ import numpy as np
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import EngineOptions
-from asynctsqp.errors import BadInputError, IntegrityError
+from asynctsqp.errors import AsynctsqpError, BadInputError, IntegrityError
 from asynctsqp.filling import Report, silent
 from asynctsqp.integer_weights import Matrix, digest_of, fingerprint, matrices, read
 from asynctsqp.key_stream import KeyStream, Words
@@ -105,7 +105,11 @@ class Shield:
         self._pads = pads
         self._caught = caught
         self.rows = RowThreads(threads)
-        self.failure: IntegrityError | None = None
+        self._wrong: IntegrityError | None = None  # answer, once one has been caught
+
+    @property
+    def failure(self) -> AsynctsqpError | None:
+        return self._wrong or (None if self._pads is None else self._pads.failure)
 
     async def seal(self, op: Op, layer: int, inputs: Arrays, outputs: Outputs) -> Sealed:
         """Raises IntegrityError where a row is not finite, or once a wrong answer has been caught."""
@@ -128,8 +132,8 @@ class Shield:
 
     def check(self) -> None:
         """Raises IntegrityError once a wrong answer has been caught."""
-        if self.failure is not None:
-            raise IntegrityError(str(self.failure))
+        if self._wrong is not None:
+            raise self._wrong.again()
 
     def _quantize(self, guard: Guard, x: Rows) -> tuple[Doubles, Doubles]:
         if len(x) <= PIECE:
@@ -145,7 +149,7 @@ class Shield:
     def distrust(self, error: IntegrityError) -> IntegrityError:
         """From now on. -> what to raise."""
         caught = error if self._caught is None else IntegrityError(self._caught)
-        self.failure = IntegrityError(str(caught))  # one that is never raised keeps nobody's frames alive
+        self._wrong = caught.again()  # one that is never raised keeps nobody's frames alive
         return caught
 
 

@@ -209,6 +209,31 @@ def test_a_peer_that_is_gone_ends_the_tee_side_with_one_line(
     assert_one_error(ended, 3, "mask peer", peer.endpoint, "gone")
 
 
+def test_an_engine_whose_peer_is_gone_says_so(
+    connect: Connect, start_mask_peer: Callable[..., MaskPeerProcess], tiny_model: Callable[[str], Path]
+) -> None:
+    """As /health and asynctsqp_up do, which ask it; a connection that is made again is none that is lost."""
+
+    async def run() -> None:
+        for reconnect_s in (0, 30):
+            peer = start_mask_peer(tiny_model("gqa"))
+            async with connect(protect="full", reconnect_s=reconnect_s, **peer.options) as engine:
+                await answers(engine, [PROMPT])
+                assert engine.failure is None
+                peer.kill()
+                if reconnect_s:
+                    assert engine.failure is None
+                    continue
+                async with asyncio.timeout(10):
+                    while engine.failure is None:
+                        await asyncio.sleep(0.01)
+                assert "mask peer" in str(engine.failure)
+                with pytest.raises(GpuSideLost, match="mask peer"):
+                    await answers(engine, [PROMPT])
+
+    asyncio.run(run())
+
+
 @pytest.fixture
 def silent_peer(products: TrueProducts) -> Iterator[MaskPeerThread]:
     """It greets, and gives nothing to the last layer's first matrix."""
