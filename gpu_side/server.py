@@ -127,8 +127,10 @@ class Server(Router[Client]):
             raise HandshakeRefused("the GPU side knows weights of 8 and 12 bits")
         if hello.weight_bits and hello.partition != "shielded":
             raise HandshakeRefused("integer weights are for partition shielded")
-        if hello.dtype not in WIRE_DTYPES or (not hello.weight_bits and self._dtype not in (None, hello.dtype)):
-            raise HandshakeRefused(f"the GPU side serves dtype {self._dtype or 'names only'}, not {hello.dtype}")
+        if hello.dtype not in WIRE_DTYPES:
+            raise HandshakeRefused(f"the GPU side knows no dtype {one_line(hello.dtype, 40)}")
+        if not hello.weight_bits and self._dtype not in (None, hello.dtype):
+            raise HandshakeRefused(f"the GPU side serves dtype {self._dtype}, not {hello.dtype}")
 
     async def _programs(self, hello: Hello) -> Programs:
         if hello.weight_bits:
