@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,7 +44,7 @@ from asynctsqp.errors import BadInputError
 from asynctsqp.model_spec import ModelSpec
 from benchmarks import demo_model, machine
 from benchmarks.baseline_table import show
-from benchmarks.cli import Step, add_engine_flag, ending, engine_options, steps
+from benchmarks.cli import Step, add_engine_flag, ending, engine_options, publish, steps
 from benchmarks.contenders import Answer, Measure, Split, Transformers, random_prompt
 from benchmarks.harness import Worker, use_cores
 from benchmarks.traffic import of_a_prefill, of_a_step
@@ -146,10 +145,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 def _print(report: Mapping[str, Any], out: Path | None) -> None:
     titles = {one.name: f"{one.name} ({one.prompt_tokens}-token prompt), {one.unit}" for one in MEASURES}
     show(report, titles, Console(width=None if sys.stdout.isatty() else 120))
-    line = json.dumps(report)
-    print(line)
-    if out is not None:
-        out.write_text(line + "\n")
+    publish(report, out)
 
 
 def main(words: Sequence[str] | None = None) -> int:

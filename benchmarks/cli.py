@@ -64,11 +64,11 @@ def ending(program: str, *errors: type[Exception]) -> Iterator[End]:
 
 
 def publish(report: Mapping[str, Any], out: Path | None) -> None:
-    """A result as one line of JSON: into a file, if one is named, and last on standard output."""
+    """A result as one line of JSON, on standard output, and in a file if one is named: last, since that may fail."""
     line = json.dumps(report)
+    print(line, flush=True)
     if out is not None:
         out.write_text(line + "\n")
-    print(line)
 
 
 @contextlib.contextmanager

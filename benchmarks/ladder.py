@@ -51,7 +51,7 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.config import OneLineParser
 from asynctsqp.errors import BadInputError
 from benchmarks import demo_model, machine
-from benchmarks.cli import Step, ending, steps
+from benchmarks.cli import Step, ending, publish, steps
 from benchmarks.communication import communication_share
 from benchmarks.contenders import Measure, Split, Transformers, random_prompt
 from benchmarks.harness import PATIENCE_S, use_cores
@@ -199,14 +199,11 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _print(report: Mapping[str, Any], out: Path | None, plot: Path | None) -> None:
     show(report, Console(width=None if sys.stdout.isatty() else 140))
-    line = json.dumps(report)
-    if out is not None:
-        out.write_text(line + "\n")
+    publish(report, out)
     if plot is not None:
         from benchmarks.ladder_plot import draw  # matplotlib takes long to load
 
         draw(report, plot)
-    print(line)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ measured: what is made of the records after the answer, and a slow disk.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from asynctsqp.config import EngineOptions, OneLineParser
 from asynctsqp.errors import AsynctsqpError
 from asynctsqp.reports.records import RpcRecord
 from benchmarks import machine
+from benchmarks.cli import publish
 from tee_side.recorder import Recorder
 
 Work = Callable[[], None]
@@ -124,10 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
             "results": measure(arguments.records, arguments.rounds),
         }
         _show(report["results"])
-        line = json.dumps(report)
-        print(line)
-        if arguments.out is not None:
-            arguments.out.write_text(line + "\n")
+        publish(report, arguments.out)
     except (AsynctsqpError, OSError) as error:
         print(f"benchmarks.recording: error: {error}", file=sys.stderr)
         return 1

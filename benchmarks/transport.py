@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -53,7 +52,7 @@ from rich.console import Console
 from asynctsqp.config import OneLineParser
 from asynctsqp.errors import BadInputError
 from benchmarks import control_formats, machine, transport_verdicts
-from benchmarks.cli import Step, ending, steps
+from benchmarks.cli import Step, ending, publish, steps
 from benchmarks.slot_copy import slot_copy
 from benchmarks.transport_exchange import STEPS, Echo, echo
 from benchmarks.transport_table import show, size
@@ -166,14 +165,11 @@ def _report(settings: Settings) -> dict[str, Any]:
 
 def _print(report: Mapping[str, Any], out: Path | None, plot: Path | None) -> None:
     show(report, Console(width=None if sys.stdout.isatty() else 120))
-    line = json.dumps(report)
-    if out is not None:
-        out.write_text(line + "\n")
+    publish(report, out)
     if plot is not None:
         from benchmarks.transport_plot import draw  # matplotlib takes longer to load than a short run
 
         draw(report["results"], plot)
-    print(line)
 
 
 def main(words: Sequence[str] | None = None) -> int:
