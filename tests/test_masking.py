@@ -240,5 +240,5 @@ def test_what_is_sent_is_uniform(activations: list[np.ndarray]) -> None:
     assert uniformity(words) > FALSE_ALARM
     assert uniformity(np.concatenate(bare)[:10_000]) < 1e-12
     biased = words.copy()
-    biased[::500] &= ~np.int32(1 << 13)
-    assert uniformity(biased) < FALSE_ALARM, "one bit in a thousand words should be seen"
+    biased[::250] &= ~np.int32(1 << 13)  # half of these had it set: ten standard deviations beyond the alarm
+    assert uniformity(biased) < FALSE_ALARM, "one bit in five hundred words should be seen"
