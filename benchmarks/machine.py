@@ -9,11 +9,13 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+VECTOR = ("avx", "fma", "f16c", "amx")  # how the kernel's names of such instructions begin
+
 
 def describe() -> dict[str, str | int | float]:
     """Processor, memory, versions, date, how busy the machine was before the run, and which code was measured."""
     return {
-        "cpu": _cpu_model(),
+        **_cpu(),
         "cores": os.cpu_count() or 0,
         "cores_used": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -36,12 +38,17 @@ def summary(machine: dict[str, str | int | float]) -> str:
     )
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+def _cpu() -> dict[str, str]:
+    """A hypervisor may hide the name; what products are made with follows from the other two."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    first: dict[str, str] = {}
+    for name, _, value in lines:
+        first.setdefault(name.strip(), value.strip())
+    return {
+        "cpu": first.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family_model": f"{first.get('cpu family', '?')}.{first.get('model', '?')}",
+        "vector_instructions": " ".join(flag for flag in first.get("flags", "").split() if flag.startswith(VECTOR)),
+    }
 
 
 def _commit() -> str:
