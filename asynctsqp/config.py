@@ -16,7 +16,14 @@ from typing import Any, NoReturn, TypeVar
 from asynctsqp.enclave_mode import check_options
 from asynctsqp.endpoints import check_peer
 from asynctsqp.errors import BadInputError
-from asynctsqp.limits import MAX_FRAME_BYTES, MAX_LANES, MAX_THREADS, SLOT_ALIGNMENT, WIRE_DTYPE_NAMES
+from asynctsqp.limits import (
+    MAX_FRAME_BYTES,
+    MAX_LANES,
+    MAX_THREADS,
+    SLOT_ALIGNMENT,
+    WEIGHT_DIGITS,
+    WIRE_DTYPE_NAMES,
+)
 
 MESSAGES = ("binary", "msgpack")  # transports off shared memory
 MODEL_HELP = "a directory, a hub id, or as random:llama-3.1-8b: random weights in the shapes of a known model"
@@ -68,7 +75,7 @@ class EngineOptions:
         "masks and checks on what the GPU side sees and answers",
         choices=("none", "mask", "verify", "full"),
     )
-    weight_bits: int = option(LEAST_BITS, "of the weights under --protect", type=int, choices=(8, 12))
+    weight_bits: int = option(LEAST_BITS, "of the weights under --protect", type=int, choices=tuple(WEIGHT_DIGITS))
     mask_memory: int | None = _size("for masks made ahead, and their weights (default: up to 1G)")
     mask_peer: str | None = option(
         None, "somebody else's GPU side that makes masks; see docs/mask-peer.md", metavar="ENDPOINT"

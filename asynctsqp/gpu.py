@@ -13,7 +13,7 @@ from asynctsqp.cores import default_threads, openmp
 from asynctsqp.ending import at_once
 from asynctsqp.endpoints import check_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError, one_line
-from asynctsqp.limits import MAX_THREADS, WIRE_DTYPE_NAMES
+from asynctsqp.limits import MAX_THREADS, WEIGHT_DIGITS, WIRE_DTYPE_NAMES
 
 DEFAULT_BIND = "tcp://127.0.0.1:5555"
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weight-bits",
         type=int,
-        choices=(8, 12),
+        choices=tuple(WEIGHT_DIGITS),
         help="make integer weights, for --protect, before the first client asks for them",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="for tensor work on the CPU")

@@ -7,6 +7,7 @@ MAX_THREADS = 1024
 SLOT_ALIGNMENT = 4096  # of slot_bytes: a page, so that every area can be registered with a GPU on its own
 MAX_FRAME_BYTES = 256 << 20  # a peer that sends more in one frame is disconnected before it is buffered
 WIRE_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+WEIGHT_DIGITS = {8: 1, 12: 2}  # of int8, that an integer weight of so many bits is made of
 DECODE_ROWS = 16  # up to here a call is a decode step's: short, and made again and again
 MOST_PORTIONS = 64  # requests in one micro-batch, so rows of the largest step that decodes alone
 HELPER_THREADS = 4  # of an event loop, for what blocks: an enclave's threads are counted before it starts

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from asynctsqp.errors import BadInputError, CheckpointError
+from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.tensor_codec import bytes_of
 
 LARGEST = {8: 127, 12: 2047}  # by the bits of a weight
@@ -45,8 +46,7 @@ class Quantized:
         if bits not in LARGEST:
             raise BadInputError(f"--weight-bits is 8 or 12, not {bits}")
         rows, width = weight.shape
-        count = 1 if bits == 8 else 2
-        digits = torch.empty(count, rows, width, dtype=torch.int8, device=weight.device)
+        digits = torch.empty(WEIGHT_DIGITS[bits], rows, width, dtype=torch.int8, device=weight.device)
         scales = torch.empty(rows, dtype=torch.float32, device=weight.device)
         for block in _blocks(rows, width):
             _quantize(weight[block], LARGEST[bits], digits[:, block], scales[block])

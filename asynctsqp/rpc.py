@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from asynctsqp.doorbell import Doorbell, Ring
 from asynctsqp.errors import GpuSideError, GpuSideLost, GpuSideUnreachable, ProtocolError, one_line
@@ -35,48 +34,18 @@ from asynctsqp.messages import (
     decode_to_tee,
     encode,
 )
+from asynctsqp.monitor import Monitor
 from asynctsqp.shm import Region
 from asynctsqp.sockets import client_socket
+from asynctsqp.target import Target
 
 CONNECT_TIMEOUT_S = 5.0
 CALL_DEADLINE_S = 60.0
 LOOK_S = 1.0  # between two looks at the deadlines
 SILENCE_S = 10.0  # of a handshake; the GPU side says each second that it is alive while it loads
 
-_CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
-_HANDSHAKE_FAILED = (
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
-)
-_ENDED = zmq.Event.DISCONNECTED | zmq.Event.CLOSED | _HANDSHAKE_FAILED
-
 Answer = Welcome | Attached | Done | Refused
 Reply = tuple[ToTee, memoryview | None, float]  # the answer, the frame beside it, when it was read
-
-
-@dataclass(frozen=True)
-class Target:
-    """Whom to connect to. kind: as messages name it; unreachable: what to say, and to do, when nobody is there.
-
-    key: Z85, of a mask peer: who has not the secret to it is not connected to.
-    """
-
-    endpoint: str
-    kind: str
-    unreachable: str
-    key: str | None = None
-
-    @classmethod
-    def gpu_side(cls, endpoint: str) -> Target:
-        advice = f"start one with `python -m asynctsqp.gpu --model MODEL --bind {endpoint}`"
-        return cls(endpoint, "GPU side", f"no GPU side answers at {endpoint}: {advice}")
-
-    @classmethod
-    def mask_peer(cls, endpoint: str, key: str) -> Target:
-        advice = "see that it runs, and that --mask-peer-key is what it printed as mask-peer-key"
-        return cls(endpoint, "mask peer", f"no mask peer with that key answers at {endpoint}: {advice}", key)
-
-    def __str__(self) -> str:
-        return f"the {self.kind} at {self.endpoint}"
 
 
 @dataclass(slots=True)
@@ -96,7 +65,7 @@ class Connection:
         self.lost: GpuSideError | None = None
         self._context = zmq.asyncio.Context()
         self._socket = client_socket(self._context, max_frame_bytes, target.key)
-        self._monitor = self._socket.get_monitor_socket(_CONNECTED | _ENDED)
+        self._monitor = Monitor(self._socket)
         self._pending: dict[int, _Pending] = {}
         self._call_ids = itertools.count(1)
         self._heard = 0  # messages so far
@@ -113,13 +82,15 @@ class Connection:
         connection = cls(target, max_frame_bytes)
         try:
             connection._socket.connect(target.endpoint)
-            await asyncio.wait_for(connection._connected(), CONNECT_TIMEOUT_S)
-        except (zmq.ZMQError, TimeoutError, GpuSideUnreachable):
-            connection.close()
-            raise GpuSideUnreachable(target.unreachable) from None
+            made = await asyncio.wait_for(connection._monitor.made(), CONNECT_TIMEOUT_S)
+        except (zmq.ZMQError, TimeoutError):
+            made = False
         except BaseException:
             connection.close()
             raise
+        if not made:
+            connection.close()
+            raise GpuSideUnreachable(target.unreachable)
         connection._tasks = [
             asyncio.create_task(loop()) for loop in (connection._read, connection._watch_peer, connection._watch_time)
         ]
@@ -217,23 +188,11 @@ class Connection:
         self._fail(GpuSideLost("the connection was closed"))
         for task in self._tasks:
             task.cancel()
-        self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
         self._context.term()
         if self._doorbell is not None:
             self._doorbell.close()
-
-    async def _connected(self) -> None:
-        event = 0
-        while event != _CONNECTED:
-            event = await self._next_event()
-            if event & _ENDED:
-                raise GpuSideUnreachable(self._target.endpoint)
-
-    async def _next_event(self) -> int:
-        event: int = parse_monitor_message(await self._monitor.recv_multipart())["event"]
-        return event
 
     async def _read(self) -> None:
         with self._failing_on_nonsense():
@@ -297,8 +256,7 @@ class Connection:
         self._socket.send(encode(Wake()))
 
     async def _watch_peer(self) -> None:
-        while not await self._next_event() & _ENDED:
-            pass
+        await self._monitor.ended()
         self._fail(GpuSideLost(f"{self._target} is gone: start it again, or use --reconnect-s"))
 
     async def _watch_time(self) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.integer_weights import digest_of, fingerprint, matrices, read
+from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.model_spec import Op
 from asynctsqp.ring import Ring, RingWeight
 from gpu_side import memory
@@ -19,7 +20,7 @@ class RingWeights:
 
     def __init__(self, checkpoint: Checkpoint, bits: int, device: torch.device) -> None:
         """Reads and quantizes all linears. Raises BadInputError before that where they do not fit."""
-        digits = 1 if bits == 8 else 2
+        digits = WEIGHT_DIGITS[bits]
         memory.check(checkpoint, digits * memory.linear_parameters(checkpoint.spec), torch.int8, device)
         self._weights: dict[tuple[Op, int], RingWeight] = {}
         digests = []

@@ -22,7 +22,7 @@ from asynctsqp.config import MODEL_HELP, EngineOptions, OneLineParser, add_argum
 from asynctsqp.ending import ended
 from asynctsqp.integer_weights import matrices
 from asynctsqp.layouts import Layouts
-from asynctsqp.limits import HELPER_THREADS
+from asynctsqp.limits import HELPER_THREADS, WEIGHT_DIGITS
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.quantize import BLOCK
 from asynctsqp.tensor_codec import wire_dtype
@@ -163,7 +163,7 @@ def _of_weights(checkpoint: Checkpoint, options: EngineOptions) -> Iterator[Line
 def _reading(checkpoint: Checkpoint, options: EngineOptions, largest: int) -> Line:
     """One matrix while it is read and quantized: the file's bytes, its digits, and two float32 blocks of it."""
     itemsize = max(entry.dtype.itemsize for entry in checkpoint.tensors.values())
-    each = itemsize + (1 if options.weight_bits == 8 else 2)
+    each = itemsize + WEIGHT_DIGITS[options.weight_bits]
     blocks = 2 * WORD * min(BLOCK, largest)
     return Line("a matrix being read", largest * each + blocks, f"{largest} x {each} + {blocks} of blocks")
 

@@ -24,8 +24,9 @@ from asynctsqp.errors import (
 from asynctsqp.layouts import Layouts
 from asynctsqp.limits import MAX_FRAME_BYTES, SLOT_ALIGNMENT
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
-from asynctsqp.rpc import Connection, Target
+from asynctsqp.rpc import Connection
 from asynctsqp.shm import Region
+from asynctsqp.target import Target
 from tee_side.carriers import Carrier, MessageCarrier, SharedMemoryCarrier
 from tee_side.pace import Pace
 from tee_side.plans import Plans

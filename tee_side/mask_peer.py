@@ -27,7 +27,8 @@ from asynctsqp.integer_weights import Matrix
 from asynctsqp.key_stream import KeyStream, new_key, row_words
 from asynctsqp.mask_blocks import most_rows
 from asynctsqp.messages import PROTOCOL_VERSION, Done, MaskCall, MaskHello, Refused, Welcome
-from asynctsqp.rpc import Connection, Target
+from asynctsqp.rpc import Connection
+from asynctsqp.target import Target
 from tee_side.link import connect_within
 from tee_side.stock import Batch
 

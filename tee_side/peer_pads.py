@@ -43,7 +43,7 @@ MATRICES_AHEAD = 6  # of a long call: a layer and a half
 
 
 @dataclass(frozen=True)
-class Room:
+class Budget:
     """limit: bytes of u; row_bytes: of a token's way through all matrices; most_rows: tokens that are kept ready."""
 
     limit: int
@@ -51,7 +51,7 @@ class Room:
     most_rows: int
 
     @classmethod
-    def of(cls, shapes: Mapping[Matrix, tuple[int, int]], memory: int) -> Room:
+    def of(cls, shapes: Mapping[Matrix, tuple[int, int]], memory: int) -> Budget:
         """shapes: (N, K) of every matrix; memory: bytes, of all that masks are made of."""
         limit = max(0, memory - words_ahead_bytes(shapes))
         row_bytes = sum(4 * channels for channels, _ in shapes.values())
@@ -97,11 +97,11 @@ class _Shelf:
 class PeerPads:
     """Made by a mask peer (pads.Pads). Make it in a running loop."""
 
-    def __init__(self, peer: MaskPeer, shapes: Mapping[Matrix, tuple[int, int]], room: Room) -> None:
+    def __init__(self, peer: MaskPeer, shapes: Mapping[Matrix, tuple[int, int]], budget: Budget) -> None:
         """shapes: (N, K) of every matrix, in the order of the layers."""
         self._peer = peer
-        self._room = room
-        self._shelves = {matrix: _Shelf(*shape, room.most_rows) for matrix, shape in shapes.items()}
+        self._budget = budget
+        self._shelves = {matrix: _Shelf(*shape, budget.most_rows) for matrix, shape in shapes.items()}
         in_layers = [matrix for matrix in shapes if matrix[0] is not Op.LM_HEAD]  # seldom asked for more than a row
         self._next = dict(pairwise(in_layers))
         self._expected: dict[Matrix, int] = {}  # rows that a long call will need soon, the nearest matrix first
@@ -152,7 +152,7 @@ class PeerPads:
         return self._failure if final else self._peer.failure
 
     async def prepare(self, tokens: int, report: Report = silent) -> int:
-        wanted = min(tokens, self._room.most_rows)
+        wanted = min(tokens, self._budget.most_rows)
         if self.rows < wanted:
             self._check()
         while self.rows < wanted and (self._in_flight or self._choose() is not None):
@@ -219,7 +219,7 @@ class PeerPads:
         for matrix, rows in self._expected.items():
             shelf = self._shelves[matrix]
             missing = min(rows - shelf.coming, shelf.block_rows)
-            if missing > 0 and self.nbytes + missing * shelf.stock.row_bytes <= self._room.limit:
+            if missing > 0 and self.nbytes + missing * shelf.stock.row_bytes <= self._budget.limit:
                 return matrix, missing
         matrix, shelf = min(self._shelves.items(), key=lambda item: item[1].coming)
         rows = self._refill(shelf)

@@ -28,17 +28,18 @@ from asynctsqp.errors import AsynctsqpError, BadInputError, IntegrityError
 from asynctsqp.filling import Report, silent
 from asynctsqp.integer_weights import Matrix, digest_of, fingerprint, matrices, read
 from asynctsqp.key_stream import KeyStream, Words
+from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.memory import gib, give_back, host_bytes
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.ring import Ring
-from asynctsqp.rpc import Target
+from asynctsqp.target import Target
 from tee_side.arrays import Rows
 from tee_side.bank import Bank
 from tee_side.guard import CPU, Guard, MaskWeights, read_bias
 from tee_side.mask_peer import Identity, MaskPeer, reach
 from tee_side.masking import Doubles, Pad, dequantize
 from tee_side.pads import BankPads, Pads
-from tee_side.peer_pads import LEAST_ROWS, PeerPads, Room
+from tee_side.peer_pads import LEAST_ROWS, Budget, PeerPads
 from tee_side.row_threads import PIECE, RowThreads
 from tee_side.seals import Arrays, Clear, Outputs, Sealed, Sealer
 
@@ -74,15 +75,15 @@ async def _with_peer(
     checkpoint: Checkpoint, options: EngineOptions, target: Target, threads: int, report: Report
 ) -> Shield:
     shapes, memory = _shapes(checkpoint.spec), _mask_memory(options)
-    room = Room.of(shapes, memory)
-    if room.most_rows < LEAST_ROWS:
-        raise _too_little(memory, room.row_bytes)
+    budget = Budget.of(shapes, memory)
+    if budget.most_rows < LEAST_ROWS:
+        raise _too_little(memory, budget.row_bytes)
     await reach(target, options.reconnect_s)
     guards = await asyncio.to_thread(_guards, checkpoint, options, None, report)
     weights = fingerprint(guard.digest for guard in guards.values())
     identity = Identity(checkpoint.fingerprint(), options.weight_bits, weights)
     peer = await MaskPeer.open(target, identity, shapes, options.reconnect_s)
-    return Shield(guards, PeerPads(peer, shapes, room), options.weight_bits, threads, CAUGHT_EITHER)
+    return Shield(guards, PeerPads(peer, shapes, budget), options.weight_bits, threads, CAUGHT_EITHER)
 
 
 class Shield:
@@ -222,7 +223,7 @@ def _guards(
 
 def _bank(spec: ModelSpec, weights: MaskWeights, bits: int, memory: int) -> Bank:
     shapes = _shapes(spec)
-    ring = Ring(CPU, shapes.values(), digits=1 if bits == 8 else 2)
+    ring = Ring(CPU, shapes.values(), digits=WEIGHT_DIGITS[bits])
     give_back()
     bank = Bank(shapes, weights.load, ring, KeyStream(), memory - weights.nbytes)
     if bank.batch_rows < 1:

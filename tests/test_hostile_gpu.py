@@ -17,8 +17,9 @@ import asynctsqp
 from asynctsqp import rpc
 from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Refused, Welcome
 from asynctsqp.model_spec import ModelSpec, Op
-from asynctsqp.rpc import Connection, Target
+from asynctsqp.rpc import Connection
 from asynctsqp.sockets import MAX_FRAME_BYTES
+from asynctsqp.target import Target
 from tests.clients import call
 from tests.peers import Lie, lying_gpu
 from tests.processes import shared_memory_names

@@ -26,7 +26,7 @@ from asynctsqp.quantize import Quantized
 from asynctsqp.ring import Ring, RingWeight
 from tee_side.guard import Guard
 from tee_side.masking import Pad
-from tee_side.peer_pads import PeerPads, Room
+from tee_side.peer_pads import Budget, PeerPads
 from tee_side.shield import CAUGHT_EITHER, Shield
 from tee_side.stock import Batch
 from tests.conftest import GpuProcess
@@ -146,7 +146,7 @@ async def told(peer: Peer, guards: dict[Matrix, Guard], spoil: Callable[[Matrix,
     chance, lies = np.random.default_rng(11), list[bool]()
     while differing[0] < LIES_OF_EACH_KIND:
         peer.spoil = lambda matrix, words, product: product  # type: ignore[method-assign]
-        pads = PeerPads(peer, SHAPES, Room(1 << 20, 1, ROWS))  # type: ignore[arg-type]
+        pads = PeerPads(peer, SHAPES, Budget(1 << 20, 1, ROWS))  # type: ignore[arg-type]
         x = chance.standard_normal((ROWS, SHAPES[MATRIX][1])).astype(np.float32)
         out = np.full((ROWS, SHAPES[MATRIX][0]), np.nan, np.float32)
         await pads.prepare(ROWS)

@@ -19,7 +19,7 @@ from asynctsqp.model_spec import Op
 from gpu_side.router import MAX_CALLS
 from tee_side import peer_pads
 from tee_side.masking import Pad
-from tee_side.peer_pads import RUNNING_ROWS, PeerPads, Room
+from tee_side.peer_pads import RUNNING_ROWS, Budget, PeerPads
 from tee_side.stock import Batch
 
 SHAPES: dict[Matrix, tuple[int, int]] = {
@@ -74,15 +74,15 @@ class Peer:
         pass
 
 
-def room(tokens: int) -> Room:
+def budget(tokens: int) -> Budget:
     """For so many in stock."""
-    return Room(4 * tokens * ROW_BYTES // 3, ROW_BYTES, tokens)
+    return Budget(4 * tokens * ROW_BYTES // 3, ROW_BYTES, tokens)
 
 
 def with_pads(tokens: int, work: Callable[[PeerPads, Peer], Coroutine[Any, Any, None]]) -> Peer:
     async def run() -> Peer:
         peer = Peer()
-        pads = PeerPads(peer, SHAPES, room(tokens))  # type: ignore[arg-type]
+        pads = PeerPads(peer, SHAPES, budget(tokens))  # type: ignore[arg-type]
         try:
             async with asyncio.timeout(20):
                 await work(pads, peer)
@@ -198,7 +198,7 @@ def test_what_a_call_waits_for_comes_first_then_the_next_layers() -> None:
     async def run() -> None:
         peer = Peer()
         peer.answering.clear()
-        big = Room(4000 * ROW_BYTES, ROW_BYTES, 16)
+        big = Budget(4000 * ROW_BYTES, ROW_BYTES, 16)
         pads = PeerPads(peer, SHAPES, big)  # type: ignore[arg-type]
         try:
             async with asyncio.timeout(20):
