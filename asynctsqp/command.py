@@ -25,6 +25,7 @@ from asynctsqp.filling import Report
 from asynctsqp.filling_line import FillingLine
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import Op
+from asynctsqp.printable import printable
 from asynctsqp.reports.clock import ClockOffset
 from asynctsqp.reports.stats_table import rendered
 from asynctsqp.summary import summary
@@ -129,11 +130,12 @@ def _engine(arguments: argparse.Namespace, report: Report) -> Engine:
 async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: dict[str, Any], as_json: bool) -> None:
     progress = Progress()
     pieces: list[Piece] = []
+    shown = printable if sys.stdout.isatty() else str  # a GPU side may have a hand in it; a file gets it as it is
     async with contextlib.aclosing(engine.generate(prompt, progress=progress, **sampling)) as stream:
         async for piece in stream:
             pieces.append(piece)
             if not as_json:
-                print(piece.text, end="", flush=True)
+                print(shown(piece.text), end="", flush=True)
     if as_json:
         print(_json(engine, pieces, progress, sampling))
         return

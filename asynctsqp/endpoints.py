@@ -27,6 +27,11 @@ def check_endpoint(flag: str, endpoint: str) -> str:
     raise BadInputError(f"{flag} takes tcp://HOST:PORT or ipc://PATH, not {endpoint[:120]!r}")
 
 
+def local_endpoint(directory: str) -> str:
+    """Where a GPU side listens that a TEE side has started for itself: in a directory (mode 0700) that it has made."""
+    return f"ipc://{directory}/gpu.sock"
+
+
 def check_peer(endpoint: str) -> str:
     """Returns a mask peer's endpoint. Raises BadInputError for one that could not be of a party of its own."""
     host, port = _host_and_port(check_endpoint("--mask-peer", endpoint))

@@ -11,7 +11,7 @@ from pathlib import Path
 from asynctsqp.config import MODEL_HELP, OneLineParser
 from asynctsqp.cores import default_threads, openmp
 from asynctsqp.ending import at_once
-from asynctsqp.endpoints import check_endpoint
+from asynctsqp.endpoints import check_endpoint, local_endpoint
 from asynctsqp.errors import AsynctsqpError, BadInputError, one_line
 from asynctsqp.limits import MAX_THREADS, WEIGHT_DIGITS, WIRE_DTYPE_NAMES
 
@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--bind", default=DEFAULT_BIND, metavar="ENDPOINT", help="tcp://HOST:PORT or ipc://PATH")
     where.add_argument(
         "--local",
-        action="store_true",
-        help="bind in a private directory, and end when standard input closes (how a TEE side starts its own)",
+        metavar="DIRECTORY",
+        help="listen in it, remove it, and end when standard input closes (how a TEE side starts its own)",
     )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda[:N]")
     parser.add_argument("--dtype", choices=WIRE_DTYPE_NAMES, help="the only one to serve (default: any)")
@@ -83,7 +83,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         from gpu_side import process  # takes seconds: after the arguments have been checked
 
     process.serve(
-        None if arguments.local else arguments.bind,
+        arguments.bind if arguments.local is None else local_endpoint(arguments.local),
         process.Settings(
             arguments.model,
             arguments.device,
@@ -92,6 +92,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             threads,
             mask_peer_secret=arguments.mask_peer_secret,
         ),
+        owned=arguments.local is not None,
     )
 
 

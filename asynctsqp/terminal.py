@@ -20,6 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
+from asynctsqp.printable import printable
+
 try:
     import readline  # from here on `input` edits lines and knows those before
 except ImportError:  # a Python without it: lines are what the terminal makes of them
@@ -27,7 +29,6 @@ except ImportError:  # a Python without it: lines are what the terminal makes of
 
 PROMPT = "> "
 LOOK_S = 0.2  # how often a prompt that waits for a key looks for signals
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 STYLE_CODE = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
@@ -48,7 +49,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """The next piece of an answer."""
-        print(CONTROL.sub("\ufffd", text), end="", flush=True)
+        print(printable(text), end="", flush=True)
 
     def end_line(self) -> None:
         """Of an answer."""

@@ -7,12 +7,10 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import signal
 import socket as socketlib
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +47,17 @@ class Settings:
     mask_peer_secret: Path | None
 
 
-def serve(bind: str | None, settings: Settings) -> None:
+def serve(endpoint: str, settings: Settings, owned: bool) -> None:
     """Runs until SIGINT or SIGTERM.
 
-    bind: an endpoint, or None for a private one that is served until standard input closes: then the process
-    belongs to the TEE side that started it. Raises BadInputError for anything that keeps it from starting.
+    owned: by the TEE side that started it: it also ends when standard input closes, and removes its socket's directory.
+    Raises BadInputError for anything that keeps it from starting.
     """
     logging.basicConfig(level=logging.WARNING, format="asynctsqp.gpu: %(message)s")
     torch.set_num_threads(settings.threads)
     secret = None if settings.mask_peer_secret is None else secret_key(settings.mask_peer_secret)
-    with _private_endpoint() if bind is None else contextlib.nullcontext(bind) as endpoint:
-        uvloop.run(_until_stopped(endpoint, settings, secret, owned=bind is None))
+    with _directory_of(endpoint) if owned else contextlib.nullcontext():
+        uvloop.run(_until_stopped(endpoint, settings, secret, owned))
 
 
 async def _until_stopped(endpoint: str, settings: Settings, secret: bytes | None, owned: bool) -> None:
@@ -161,13 +159,13 @@ def _check_socket_is_stale(path: Path, endpoint: str) -> None:
 
 
 @contextlib.contextmanager
-def _private_endpoint() -> Iterator[str]:
-    """A socket in a directory (mode 0700) that goes when the process ends."""
-    directory = tempfile.mkdtemp(prefix="asynctsqp-")
+def _directory_of(endpoint: str) -> Iterator[None]:
+    """Goes when the process ends, unless there is something else in it."""
     try:
-        yield f"ipc://{directory}/gpu.sock"
+        yield
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            Path(endpoint.removeprefix("ipc://")).parent.rmdir()
 
 
 async def _watch_standard_input(stop: asyncio.Event) -> None:

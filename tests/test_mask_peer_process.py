@@ -168,7 +168,9 @@ def test_a_key_that_cannot_be_used_is_told(tmp_path: Path, tiny_model: Callable[
         assert_one_error(ended, 2, "--mask-peer-secret", words, program="asynctsqp.gpu")
 
 
-@pytest.mark.parametrize("flags", [("--bind", "ipc:///tmp/peer.sock"), ("--local",), ("--dtype", "float32")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [("--bind", "ipc:///tmp/peer.sock"), ("--local", "/tmp/peer"), ("--dtype", "float32")], ids=str
+)
 def test_flags_that_are_not_a_mask_peers(flags: tuple[str, ...], tmp_path: Path) -> None:
     ended = run_gpu("--model", "x/y", "--mask-peer-secret", str(tmp_path / "key"), *flags)
     assert_one_error(ended, 2, "mask peer", program="asynctsqp.gpu")
