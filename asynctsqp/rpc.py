@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -71,6 +71,7 @@ class Connection:
         self._heard = 0  # messages so far
         self._awake_s = 0.0  # a clock that stands still while this process is stopped, as with Ctrl-Z
         self._doorbell: Doorbell | None = None
+        self._waking: asyncio.Future[Any] | None = None  # the last Wake, on its way or gone
         self._readers = 0  # of the doorbell's ring: all that wait for an answer
         self._abandoned = asyncio.Event()  # there are calls that nobody waits for
         self._ended = asyncio.Event()
@@ -155,9 +156,9 @@ class Connection:
         self._doorbell = Doorbell(outgoing, incoming, self._wake_peer, share)
         self._tasks.append(asyncio.create_task(self._read_abandoned(self._doorbell)))
 
-    async def request(self, call_id: int, message: ToGpu) -> ToTee:
-        """`call`, for the messages of the handshake: waits as long as the other side says that it is alive."""
-        reply = self.call(call_id, message, deadline_s=math.inf)
+    async def request(self, call_id: int, message: ToGpu, limit_s: float) -> ToTee:
+        """`call`, for the messages of the handshake: also ends soon where the other side does not say it is alive."""
+        reply = self.call(call_id, message, deadline_s=limit_s)
         while not reply.done():
             silent_since = self._heard
             await asyncio.wait((reply,), timeout=SILENCE_S)
@@ -183,13 +184,11 @@ class Connection:
 
     def close(self) -> None:
         """Ends the connection, once; calls that still wait fail with GpuSideLost."""
-        if self._socket.closed:
+        if self._context.closed:
             return
         self._fail(GpuSideLost("the connection was closed"))
         for task in self._tasks:
             task.cancel()
-        self._monitor.close()
-        self._socket.close()
         self._context.term()
         if self._doorbell is not None:
             self._doorbell.close()
@@ -253,7 +252,9 @@ class Connection:
             pending.future.set_result((answer, tensor, time.perf_counter()))
 
     def _wake_peer(self) -> None:
-        self._socket.send(encode(Wake()))
+        """One at a time: a peer that reads nothing but its ring would have us keep them all."""
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.ensure_future(self._socket.send(encode(Wake())))
 
     async def _watch_peer(self) -> None:
         await self._monitor.ended()
@@ -277,6 +278,8 @@ class Connection:
             return
         self.lost = cause
         self._ended.set()
+        self._monitor.close()
+        self._socket.close()  # what it still sends would wait in our memory for somebody to read it
         pending, self._pending = self._pending, {}
         if self._doorbell is not None:
             self._doorbell.wake()  # who reads has nothing to wait for any more

@@ -78,7 +78,7 @@ class Region:
             _reserve(shared.fd, size)
             memory = mmap.mmap(shared.fd, size)
         except (OSError, OverflowError, ValueError) as error:
-            posix_ipc.unlink_shared_memory(name)
+            _unlink(name)
             raise SharedMemoryError(
                 f"/dev/shm has no room for {size >> 20} MiB ({error}): free some, or use a smaller "
                 "--slot-bytes or --lanes, or --transport binary"
@@ -122,7 +122,7 @@ class Region:
 
     def unlink(self) -> None:
         """Takes the name away; the mappings stay. From here on a `kill -9` of both sides leaks nothing."""
-        posix_ipc.unlink_shared_memory(self.name)
+        _unlink(self.name)
 
     def slot(self, lane: int, slot: int) -> tuple[memoryview, memoryview]:
         """A slot's request area and its reply area: views."""
@@ -144,6 +144,12 @@ class Region:
         self._view = memoryview(b"")
         with contextlib.suppress(BufferError):
             self.memory.close()
+
+
+def _unlink(name: str) -> None:
+    """Whoever may open it may have done so before us."""
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(name)
 
 
 def _reserve(descriptor: int, size: int) -> None:

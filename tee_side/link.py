@@ -14,7 +14,6 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.compression import Compression
 from asynctsqp.config import EngineOptions
 from asynctsqp.errors import (
-    BadInputError,
     GpuSideError,
     GpuSideLost,
     HandshakeRefused,
@@ -24,7 +23,7 @@ from asynctsqp.errors import (
 from asynctsqp.layouts import Layouts
 from asynctsqp.limits import MAX_FRAME_BYTES, SLOT_ALIGNMENT
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
-from asynctsqp.rpc import Connection
+from asynctsqp.rpc import CALL_DEADLINE_S, Connection
 from asynctsqp.shm import Region
 from asynctsqp.target import Target
 from tee_side.carriers import Carrier, MessageCarrier, SharedMemoryCarrier
@@ -34,6 +33,9 @@ from tee_side.room import Room
 from tee_side.seals import Sealer
 
 RETRY_S = 0.2
+MOST_LOADING_S = 1800.0  # of the weights, while the GPU side says that it is alive
+ANSWER_BYTES = SLOT_ALIGNMENT  # of a message without its tensor, at most
+DEVICES = ("cpu", "cuda")  # kinds of them that rooms may differ for
 
 Endpoint = Callable[[], Awaitable[str]]
 Rooms = Callable[[str], Room]  # by the GPU side's device
@@ -96,8 +98,8 @@ class Link:
         rooms: Rooms,
         sealer: Sealer,
     ) -> Link:
-        """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves); rooms: asked
-        once what the GPU side's device wants.
+        """endpoint: asked for the address at each attempt (a local GPU side is started again, and moves); rooms: what
+        the GPU side's device wants.
 
         Raises GpuSideUnreachable, HandshakeRefused, SharedMemoryError or ProtocolError.
         """
@@ -145,7 +147,7 @@ class Link:
 
     async def _connect(self, room: Room | None) -> Session:
         """room: of the session before this one, whatever device there is now: lanes are there to stay."""
-        connection = await Connection.open(Target.gpu_side(await self._endpoint()), MAX_FRAME_BYTES)
+        connection = await Connection.open(Target.gpu_side(await self._endpoint()), self._most_frame_bytes(room))
         try:
             device = await self._greet(connection)
             room = room or self._rooms(device)
@@ -155,10 +157,16 @@ class Link:
             raise
         return Session(connection, carrier, self._layouts, Plans(self._layouts, carrier.slot_bytes), device, room)
 
+    def _most_frame_bytes(self, room: Room | None) -> int:
+        """Of an honest answer, whatever device the GPU side will say it has."""
+        rooms = map(self._rooms, DEVICES) if room is None else (room,)
+        return min(MAX_FRAME_BYTES, max(each.slot_bytes for each in rooms) + ANSWER_BYTES)
+
     async def _greet(self, connection: Connection) -> str:
-        answer = await connection.request(0, self._hello)
+        answer = await connection.request(0, self._hello, MOST_LOADING_S)
         if isinstance(answer, Refused):
-            raise (HandshakeRefused if answer.bad_input else GpuSideLost)(one_line(answer.reason))
+            reason = f"the GPU side refused: {one_line(answer.reason) or 'it does not say why'}"
+            raise (HandshakeRefused if answer.bad_input else GpuSideLost)(reason)
         if not isinstance(answer, Welcome):
             raise ProtocolError("the GPU side answered a greeting with another kind of message")
         return answer.device
@@ -170,15 +178,15 @@ class Link:
             if region is not None:
                 return self._through(region, connection)
             if options.transport == "shm":
-                raise BadInputError("the GPU side does not see this machine's shared memory: use --transport auto")
+                raise HandshakeRefused("the GPU side does not see this machine's shared memory: use --transport auto")
         packed = options.transport == "msgpack"
-        slot_bytes = min(room.slot_bytes, MAX_FRAME_BYTES - packed * SLOT_ALIGNMENT)  # the message needs room too
+        slot_bytes = min(room.slot_bytes, MAX_FRAME_BYTES - packed * ANSWER_BYTES)  # the message needs room too
         return MessageCarrier(slot_bytes, self._layouts.dtype, packed, Compression(options.compress))
 
     def _through(self, region: Region, connection: Connection) -> Carrier:
         if self._options.compress != "none":
             region.close()
-            raise BadInputError(
+            raise HandshakeRefused(
                 f"--compress {self._options.compress} cannot help: tensors go through shared memory here; "
                 "leave it out, or use --transport binary"
             )
@@ -193,7 +201,7 @@ class Link:
             request = Attach(
                 connection.next_call_id(), region.name, room.lanes, room.slots, room.slot_bytes, self._doorbell
             )
-            answer = await connection.request(request.call_id, request)
+            answer = await connection.request(request.call_id, request, CALL_DEADLINE_S)
         except BaseException:
             region.close()
             raise

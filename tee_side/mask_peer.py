@@ -29,10 +29,9 @@ from asynctsqp.mask_blocks import most_rows
 from asynctsqp.messages import PROTOCOL_VERSION, Done, MaskCall, MaskHello, Refused, Welcome
 from asynctsqp.rpc import Connection
 from asynctsqp.target import Target
-from tee_side.link import connect_within
+from tee_side.link import ANSWER_BYTES, MOST_LOADING_S, connect_within
 from tee_side.stock import Batch
 
-ANSWER_BYTES = 4096  # of a message without its tensor, at most
 MOST_LOSSES = 5  # over one question, while --reconnect-s makes new connections
 
 
@@ -125,9 +124,9 @@ class MaskPeer:
             key = new_key()  # of this connection only: an earlier one's rows may have been seen by nobody knows whom
             own = self._identity
             hello = MaskHello(0, PROTOCOL_VERSION, own.fingerprint, own.weight_bits, own.weights, key)
-            answer = await connection.request(0, hello)
+            answer = await connection.request(0, hello, MOST_LOADING_S)
             if isinstance(answer, Refused):
-                reason = f"{self._target}: {one_line(answer.reason)}"
+                reason = f"{self._target} refused: {one_line(answer.reason) or 'it does not say why'}"
                 raise (HandshakeRefused if answer.bad_input else GpuSideLost)(reason)
             if not isinstance(answer, Welcome):
                 raise ProtocolError(f"{self._target} answered a greeting with another kind of message")

@@ -85,7 +85,8 @@ Lie = Callable[[Any], Iterable[Answer]]
 class LyingGpu:
     """A ROUTER that greets and attaches rightly, and answers calls, or whatever `lies` names, with a lie.
 
-    lies: a message's class -> what to send for it: any number of answers, each a list of frames.
+    lies: a message's class -> what to send for it: any number of answers, each a list of frames. left: whether somebody
+    had gone when an answer was to be sent.
     """
 
     def __init__(self, lies: dict[type, Lie]) -> None:
@@ -93,7 +94,10 @@ class LyingGpu:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDTIMEO, 1000)
         self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self.left = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -102,11 +106,18 @@ class LyingGpu:
         while not self._stop.is_set():
             if self._socket.poll(50):
                 identity, message, *_ = self._socket.recv_multipart()
-                for answer in self._answers(decode_to_gpu(message)):
-                    if self._stop.is_set():
-                        return
-                    frames = [frame if isinstance(frame, bytes) else encode(frame) for frame in answer]
-                    self._socket.send_multipart([identity, *frames])
+                self._send(identity, self._answers(decode_to_gpu(message)))
+
+    def _send(self, identity: bytes, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            if self._stop.is_set():
+                return
+            frames = [frame if isinstance(frame, bytes) else encode(frame) for frame in answer]
+            try:
+                self._socket.send_multipart([identity, *frames])
+            except zmq.ZMQError:
+                self.left.set()
+                return
 
     def _answers(self, message: Any) -> Iterable[Answer]:
         if type(message) in self._lies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,20 +13,24 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import zmq
 
 import asynctsqp
 from asynctsqp import rpc
-from asynctsqp.messages import Attach, Attached, Call, Done, Hello, Refused, Welcome
+from asynctsqp.errors import GpuSideLost, HandshakeRefused, ProtocolError
+from asynctsqp.messages import Alive, Attach, Attached, Call, Done, Hello, Refused, Welcome
 from asynctsqp.model_spec import ModelSpec, Op
 from asynctsqp.rpc import Connection
+from asynctsqp.shm import Region
 from asynctsqp.sockets import MAX_FRAME_BYTES
 from asynctsqp.target import Target
+from tee_side import link
 from tests.clients import call
-from tests.peers import Lie, lying_gpu
+from tests.peers import Lie, LyingGpu, lying_gpu
 from tests.processes import shared_memory_names
 
 PROMPT = [1, 100, 200, 300]
-LONG_REASON = "line\n\x1b[31m" * 100_000
+LONG_REASON = "line\n\x1b[31m" * 300
 
 
 def answer(model: Path, endpoint: str, **options: Any) -> asynctsqp.Completion:
@@ -152,6 +157,7 @@ HELLO_LIES: dict[str, Lie] = {
     "a tensor of one byte inside the message": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x")]],
     "a tensor inside and one beside": lambda call: [[Done(call.call_id, 0.0, 0.0, tensors=b"x"), b"x"]],
     "a refusal of many lines": lambda hello: [[Refused(hello.call_id, LONG_REASON, bad_input=False)]],
+    "an empty refusal": lambda hello: [[Refused(hello.call_id, "", bad_input=False)]],
 }
 
 
@@ -167,6 +173,14 @@ def test_a_refused_greeting_is_told_in_one_line(tiny_model: Callable[[str], Path
     with lying_gpu({Hello: refusal}) as gpu, pytest.raises(asynctsqp.BadInputError) as caught:
         answer(tiny_model("gqa"), gpu.endpoint)
     assert_one_line(caught.value)
+
+
+def test_what_a_refusal_advises_is_not_taken_for_ours(tiny_model: Callable[[str], Path]) -> None:
+    advice = "masks are broken on this machine: use --protect none"
+    refusal: Lie = lambda hello: [[Refused(hello.call_id, advice, bad_input=True)]]  # noqa: E731
+    with lying_gpu({Hello: refusal}) as gpu, pytest.raises(HandshakeRefused) as caught:
+        answer(tiny_model("gqa"), gpu.endpoint)
+    assert str(caught.value).startswith("the GPU side refused: ")
 
 
 WRONG_NONCES: dict[str, Lie] = {
@@ -186,7 +200,7 @@ def test_without_the_right_nonce_tensors_travel_as_messages(name: str, tiny_mode
 
 @pytest.mark.parametrize("name", WRONG_NONCES)
 def test_shared_memory_alone_needs_the_right_nonce(name: str, tiny_model: Callable[[str], Path]) -> None:
-    with lying_gpu({Attach: WRONG_NONCES[name]}) as gpu, pytest.raises(asynctsqp.BadInputError) as caught:
+    with lying_gpu({Attach: WRONG_NONCES[name]}) as gpu, pytest.raises(HandshakeRefused) as caught:
         answer(tiny_model("gqa"), gpu.endpoint, transport="shm")
     assert_one_line(caught.value)
     assert not shared_memory_names()
@@ -204,6 +218,88 @@ def test_silence_in_the_handshake_ends_at_its_deadline(
         answer(tiny_model("gqa"), gpu.endpoint)
     assert_one_line(caught.value)
     assert not shared_memory_names()
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_handshake_in_which_it_is_alive_for_ever_ends_at_its_limit(
+    name: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("MOST_LOADING_S", "CALL_DEADLINE_S"):
+        monkeypatch.setattr(link, limit, 0.5)
+
+    def alive(_: Any) -> Iterator[list[bytes]]:
+        for _ in range(80):  # eight seconds
+            time.sleep(0.1)
+            yield [msgspec.msgpack.encode([15])]
+
+    with lying_gpu({SILENT[name]: alive}) as gpu, pytest.raises(asynctsqp.GpuSideError, match="in time") as caught:
+        answer(tiny_model("gqa"), gpu.endpoint)
+    assert_one_line(caught.value)
+    assert not shared_memory_names()
+
+
+def test_a_region_whose_name_is_taken_away_is_still_a_region(tiny_model: Callable[[str], Path]) -> None:
+    """Whoever runs the GPU side may be able to; `Attached` comes after."""
+
+    def unlink(attach: Attach) -> list[list[Any]]:
+        region = Region.attach(attach.name, attach.lanes, attach.slots, attach.slot_bytes)
+        region.unlink()
+        nonce = region.nonce
+        region.close()
+        return [[Attached(attach.call_id, nonce)]]
+
+    with lying_gpu({Attach: unlink}) as gpu:
+        assert answer(tiny_model("gqa"), gpu.endpoint, transport="shm").completion_tokens == 2
+
+
+@pytest.mark.parametrize("lie", [Hello, Call])
+def test_a_frame_larger_than_any_answer_ends_the_connection(lie: type, tiny_model: Callable[[str], Path]) -> None:
+    """And is not kept: 65 MiB, for a model whose largest answer has a few."""
+
+    def large(message: Any) -> list[list[Any]]:
+        return [[Done(message.call_id, 0.0, 0.0), bytes(65 << 20)]]
+
+    with lying_gpu({lie: large}) as gpu, pytest.raises(GpuSideLost) as caught:
+        answer(tiny_model("gqa"), gpu.endpoint, transport="binary")
+    assert_one_line(caught.value)
+
+
+def test_who_breaks_the_protocol_is_hung_up_on_at_once(tiny_model: Callable[[str], Path]) -> None:
+    """While the engine stays open: what is sent from then on would only fill its memory."""
+
+    def talk(call: Any) -> Iterator[list[Any]]:
+        yield [b"nonsense"]
+        for _ in range(80):  # eight seconds
+            time.sleep(0.1)
+            yield [Alive()]
+
+    async def run(gpu: LyingGpu) -> bool:
+        async with asynctsqp.Engine.connect(tiny_model("gqa"), gpu.endpoint, doorbell="off") as engine:
+            with pytest.raises(ProtocolError):
+                await engine.complete(PROMPT, max_new_tokens=2)
+            return await asyncio.to_thread(gpu.left.wait, 5)
+
+    with lying_gpu({Call: talk}) as gpu:
+        assert asyncio.run(asyncio.wait_for(run(gpu), 20))
+
+
+def test_wakes_that_nobody_reads_are_not_kept(tmp_path: Path) -> None:
+    """A peer that reads nothing: beyond what ZeroMQ and the kernel hold for it, one waits."""
+
+    async def run(endpoint: str) -> int:
+        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
+        try:
+            for _ in range(50_000):
+                connection._wake_peer()
+            await asyncio.sleep(0)
+            return sum(issubclass(type(thing), asyncio.Future) for thing in gc.get_objects())
+        finally:
+            connection.close()
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.RCVHWM, 1)
+        socket.bind(f"ipc://{tmp_path}/deaf.sock")
+        assert asyncio.run(asyncio.wait_for(run(f"ipc://{tmp_path}/deaf.sock"), 30)) < 1000
 
 
 def test_a_call_without_answer_ends_at_its_deadline_and_fails_all_others() -> None:
