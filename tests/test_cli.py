@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from asynctsqp.command import _answer
+from tee_side.request import Piece, Progress
 from tests.conftest import GpuProcess
 from tests.processes import ROOT, WARNING, run_tee
 
@@ -137,3 +141,20 @@ def test_an_answer_never_shows_on_standard_error(tee: tuple[str, ...]) -> None:
     ended = run_tee(*tee, "--prompt", secret, "--slot-bytes", "4096")
     assert ended.code == 2
     assert not any(word in ended.err for word in secret.split())
+
+
+class _Saying:
+    """In the place of an engine: the GPU side has had a hand in what it answers."""
+
+    async def generate(self, prompt: str, progress: Progress, **sampling: Any) -> AsyncIterator[Piece]:
+        progress.token_came(1.0)
+        yield Piece("a\x1b]52;c;c2VjcmV0\x07b\tc\n", 1, "stop")
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd]52;c;c2VjcmV0\ufffdb\tc\n"), (False, None)])
+def test_an_answer_commands_no_terminal_and_is_whole_in_a_file(
+    terminal: bool, shown: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    asyncio.run(_answer(_Saying(), "Hello", {}, as_json=False))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == (shown or "a\x1b]52;c;c2VjcmV0\x07b\tc\n") + "\n"
