@@ -35,14 +35,14 @@ class Recording(Work, Protocol):
 class _Lane:
     works: dict[object, Work] = field(default_factory=dict)
     recordings: dict[object, Recording] = field(default_factory=dict)
-    failed: bool = False
 
 
 class Graphs:
     """The repeated calls of all lanes. A call runs as it is the first time, is recorded at its second, and replayed.
 
     The first time settles what cannot be recorded: libraries choose their kernels and load them, and get their
-    workspaces on the lane's stream.
+    workspaces on the lane's stream. Once a recording has failed no other is begun: most likely memory is short, and
+    torch's allocator may not know that the recording is over.
     """
 
     def __init__(self, record: Callable[[object, Work], Recording], most: int = MOST_CALLS) -> None:
@@ -51,22 +51,18 @@ class Graphs:
         self._record = record
         self._most = most
         self._kept = 0
+        self._failed = False
         self._lanes: dict[object, _Lane] = {}
 
-    def find(self, lane: object, call: object, make: Callable[[], Work]) -> Work:
-        """What is to be queued for a call.
+    def queue(self, lane: object, call: object, make: Callable[[], Work]) -> Work:
+        """Puts a call on the current stream. -> what was put there.
 
         call: names the same program on the same tensors each time, until `forget`; None: it will not come again.
         """
-        if call is None:
-            return make()
         kept = self._lanes.setdefault(lane, _Lane())
-        if call in kept.recordings:
-            return kept.recordings[call]
-        if call in kept.works:
-            return self._recorded(lane, call, kept)
-        work = make()
-        if self._kept < self._most:
+        work = self._found(lane, call, kept) or make()
+        work.queue()
+        if call is not None and call not in kept.works and self._kept < self._most:  # it has run once now
             self._kept += 1
             kept.works[call] = work
         return work
@@ -78,14 +74,14 @@ class Graphs:
         for recording in kept.recordings.values():
             recording.destroy()
 
-    def _recorded(self, lane: object, call: object, kept: _Lane) -> Work:
-        work = kept.works[call]
-        if kept.failed:  # most likely for good, and each try takes longer than the call
-            return work
+    def _found(self, lane: object, call: object, kept: _Lane) -> Work | None:
+        """What is kept of a call, recorded if it can be."""
+        if call in kept.recordings or call not in kept.works or self._failed:
+            return kept.recordings.get(call) or kept.works.get(call)
         try:
-            kept.recordings[call] = self._record(lane, work)
+            kept.recordings[call] = self._record(lane, kept.works[call])
         except RuntimeError as error:
-            log.warning("calls are not recorded on a lane: %s", error)
-            kept.failed = True
-            return work
+            log.warning("calls are not recorded any more: %s", error)
+            self._failed = True
+            return kept.works[call]
         return kept.recordings[call]

@@ -8,6 +8,8 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.memory import free_host_bytes, gib, refuse_if_too_large
 from asynctsqp.model_spec import ModelSpec
 
+SPARE_BYTES = 1 << 30  # of a GPU: libraries' workspaces (32 MiB a stream), recorded calls, what passes through
+
 
 def check(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises BadInputError, with the arithmetic, where so many weights in this dtype do not fit."""
@@ -32,5 +34,6 @@ def linear_parameters(spec: ModelSpec) -> int:
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return max(0, free + kept - SPARE_BYTES)
     return free_host_bytes()

@@ -51,7 +51,7 @@ def serve(endpoint: str, settings: Settings, owned: bool) -> None:
     """Runs until SIGINT or SIGTERM.
 
     owned: by the TEE side that started it: it also ends when standard input closes, and removes its socket's directory.
-    Raises BadInputError for anything that keeps it from starting.
+    Raises BadInputError for anything that keeps it from starting, DeviceLost where nothing can be served any more.
     """
     logging.basicConfig(level=logging.WARNING, format="asynctsqp.gpu: %(message)s")
     torch.set_num_threads(settings.threads)

@@ -13,6 +13,7 @@ from asynctsqp.model_spec import Op
 from asynctsqp.ring import Ring, RingWeight
 from gpu_side import memory
 from gpu_side.executor import Program, Tensors
+from gpu_side.weights import finish_copies
 
 
 class RingWeights:
@@ -28,6 +29,7 @@ class RingWeights:
             weight = read(checkpoint, matrix, bits, device)
             digests.append(digest_of(weight))
             self._weights[matrix] = RingWeight(weight.digits, device)
+        finish_copies(device)
         self.fingerprint = fingerprint(digests)
         shapes = [(weight.rows, weight.width) for weight in self._weights.values()]
         self._ring = Ring(device, shapes, digits)

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from asynctsqp.errors import AsynctsqpError, CallRefused, one_line
 from asynctsqp.messages import MAX_FRAMES, Alive, Refused, ToGpu, ToTee, decode_to_gpu, encode
+from gpu_side.executor import DeviceLost
 
 MAX_CALLS = 256  # of one client in flight; an honest one has as many as slots
 REASON_CHARACTERS = 180  # of a refusal: fits a doorbell's entry
@@ -49,6 +50,7 @@ class Router(ABC, Generic[ClientT]):
         self._greeting: set[bytes] = set()  # told that we are alive while they wait
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}  # tensors, and their bytes
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails with the device
 
     @abstractmethod
     async def _serve(
@@ -57,19 +59,24 @@ class Router(ABC, Generic[ClientT]):
         """The answer to one request; None where there is none. Raises AsynctsqpError for what is refused."""
 
     async def run(self) -> None:
-        """Serves until it is cancelled."""
+        """Serves until it is cancelled. Raises DeviceLost when nothing can be served any more."""
         self._start(self._probe())
+        receiving = self._start(self._receive())
         try:
-            while True:
-                frames = await self._socket.recv_multipart(copy=False)
-                self._dispatch(frames[0].bytes, [frame.buffer for frame in frames[1:]])
-                await asyncio.sleep(0)  # a client that floods us must not keep the others' answers waiting
+            await asyncio.wait((receiving, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            (self._lost if self._lost.done() else receiving).result()
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             for client in self._clients.values():
                 await client.close()
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            self._dispatch(frames[0].bytes, [frame.buffer for frame in frames[1:]])
+            await asyncio.sleep(0)  # a client that floods us must not keep the others' answers waiting
 
     def _dispatch(self, identity: bytes, frames: list[memoryview]) -> None:
         try:
@@ -103,6 +110,8 @@ class Router(ABC, Generic[ClientT]):
         except AsynctsqpError as error:
             reason = one_line(error, REASON_CHARACTERS)
             answer = Refused(message.call_id, reason, bad_input=error.exit_code == 2), None
+            if isinstance(error, DeviceLost) and not self._lost.done():
+                self._lost.set_exception(error)
         except Exception as error:  # out of memory, a failed kernel, a file that went away: the asker must hear of it
             reason = one_line(error, REASON_CHARACTERS)
             log.warning("a call failed: %s", reason)

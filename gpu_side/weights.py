@@ -78,7 +78,7 @@ class Weights:
             for layer in range(spec.layers)
         )
         self._embedding = self._linears[Op.LM_HEAD, 0].weight if spec.tied_embedding and not self._block else None
-        _finish_copies(device)
+        finish_copies(device)
 
     def linear(self, op: Op, layer: int) -> Linear:
         """Raises KeyError where the model has no such linear."""
@@ -100,7 +100,7 @@ class Weights:
         for whole, parts in PARTS.items():
             if operations.issuperset(parts) and (parts[0], 0) not in self._linears:
                 self._load_parts(spec.linears[whole], parts)
-        _finish_copies(self._device)
+        finish_copies(self._device)
 
     def _norm(self, layer: int, name: str) -> torch.Tensor:
         return self._checkpoint.read(f"model.layers.{layer}.{name}.weight").to(self._device, torch.float32)
@@ -128,7 +128,7 @@ class Weights:
         return stacked
 
 
-def _finish_copies(device: torch.device) -> None:
+def finish_copies(device: torch.device) -> None:
     """The streams that will read the weights do not wait for the one that wrote them."""
     if device.type == "cuda":
         # not the device as a whole: that may not be waited for while another thread records a graph on it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from asynctsqp import Engine
-from tests import models
+from tests import devices, models
 from tests.clients import GoodTee
 from tests.mask_peers import Introduced
 from tests.meddling_gpu import MeddlingGpu, meddling_gpu
@@ -30,6 +31,7 @@ def pytest_configure() -> None:
     """A shell's background ignores SIGINT, and every process under test would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    devices.hide()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,7 +73,8 @@ class GpuProcess:
     def __init__(self, model: Path, *flags: str) -> None:
         command = [sys.executable, "-m", self.module, "--model", str(model), "--threads", "1", *flags]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, text=True)
+        with devices.shown() if "--device" in flags else contextlib.nullcontext():
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, text=True)
         assert self.process.stdout is not None
         word, _, self.endpoint = self.process.stdout.readline().strip().partition(" ")
         assert word == "listening", f"the GPU side said {word!r}"

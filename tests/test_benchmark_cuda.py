@@ -21,11 +21,11 @@ from benchmarks.communication import gpu_share
 from benchmarks.cuda import Run, Setting
 from benchmarks.cuda_table import show
 from benchmarks.turns import Limits
+from tests import devices
 
 PRESENT = torch.cuda.is_available()
 
 
-@pytest.mark.skipif(PRESENT, reason="there is a CUDA device")
 def test_without_a_device_it_ends_with_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.cuda", "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
@@ -112,7 +112,8 @@ def results(tiny_model: Callable[[str], Path]) -> list[dict[str, Any]]:
     run = Run(20, Limits(1, 0.0), "cuda:0" if PRESENT else "cpu")
     chosen = [Setting(model, "float32", "shielded", 1), Setting(model, "float32", "fused-layer", 1)]
     done: list[str] = []
-    found = list(cuda.measured(run, chosen, done.append))
+    with devices.shown():
+        found = list(cuda.measured(run, chosen, done.append))
     assert sum("loading" in step for step in done) == 2
     assert sum(step.startswith("transformers") for step in done) == 1
     return found

@@ -25,7 +25,8 @@ from gpu_side.device import choose
 from gpu_side.executor import Tensors
 from gpu_side.programs import FloatPrograms
 from gpu_side.weights import Weights
-from tests.conftest import GpuProcess
+from tests import devices
+from tests.conftest import ROOT, GpuProcess
 from tests.gpu_clients import SLOT_BYTES, Tee, calls
 from tests.test_parity import reference
 
@@ -151,6 +152,49 @@ def test_recordings_outlive_another_client(
 
 
 @needs_cuda
+def test_clients_that_come_and_go_get_no_stream_of_one_that_stays(
+    cuda: CudaExecutor, checkpoint: Checkpoint, expected: Callable[..., Tensors]
+) -> None:
+    """More lanes than torch has streams, and each leaves with its recordings; memory is tight in between."""
+
+    async def run() -> None:
+        async with attached("fused", checkpoint, cuda) as staying:
+            for _ in range(3):
+                await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+            for _ in range(40):
+                async with attached("fused", checkpoint, cuda) as leaving:
+                    for _ in range(3):
+                        await leaving.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+                torch.cuda.empty_cache()
+            assert recordings(cuda) == 1
+            for _ in range(3):
+                given, made = await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+                torch.testing.assert_close(made, expected("fused", Op.O_MLP, 0, given, made), **FLOAT32)
+
+    asyncio.run(run())
+
+
+@needs_cuda
+def test_a_device_that_fails_for_good_ends_the_process(tiny_model: Callable[[str], Path]) -> None:
+    """An assertion of a kernel is such an error. In a process of its own, which has no device from then on."""
+    code = """
+import asyncio, torch
+from gpu_side.device import choose
+executor = choose("cuda", 1)
+def fail(inputs, outputs):
+    torch.zeros(4, device=executor.device)[torch.full((1,), 9, device=executor.device)] += 1
+try:
+    asyncio.run(executor.run(fail, (), (), True, "a"))
+finally:
+    executor.forget(["a"])
+"""
+    with devices.shown():
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 1
+    assert "DeviceLost: the device fails every call from here on" in done.stderr
+
+
+@needs_cuda
 def test_many_calls_at_once_on_two_lanes(
     cuda: CudaExecutor, checkpoint: Checkpoint, expected: Callable[..., Tensors]
 ) -> None:
@@ -171,6 +215,8 @@ def test_many_calls_at_once_on_two_lanes(
 @pytest.mark.parametrize("short", [False, True])
 def test_a_lane_s_calls_run_in_order_and_lanes_side_by_side(short: bool, cuda: CudaExecutor) -> None:
     state = torch.zeros(4, device=cuda.device)
+    torch.cuda._sleep(1)  # loading a kernel may wait for all that runs: both are loaded now
+    state.add_(0)
     torch.cuda.synchronize()
 
     def slow(inputs: Tensors, outputs: Tensors) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from gpu_side import client
 from gpu_side.cpu import CpuExecutor
 from gpu_side.executor import Program, Tensors, Times
 from gpu_side.graphs import Graphs
+from gpu_side.streams import Streams
 from gpu_side.weights import Weights
 from tests.gpu_clients import LANES, Tee, calls
 
@@ -62,7 +64,7 @@ def runs(found: Graphs, log: list[str], lane: str, call: str | None, times: int 
     """What is done for a call that comes so many times."""
     log.clear()
     for _ in range(times):
-        found.find(lane, call, partial(Fake, log, str(call))).queue()
+        found.queue(lane, call, partial(Fake, log, str(call)))
     return log.copy()
 
 
@@ -78,12 +80,43 @@ def test_what_will_not_come_again_is_not_kept(log: list[str]) -> None:
     assert runs(graphs(log), log, "a", None, 3) == ["None"] * 3
 
 
-def test_a_lane_that_cannot_be_recorded_goes_on_without(log: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_once_one_cannot_be_recorded_no_other_is_tried(log: list[str], caplog: pytest.LogCaptureFixture) -> None:
     found = graphs(log, failing=("a",))
-    assert runs(found, log, "a", "q", 3) == ["q", "record q on a", "q", "q"]
-    assert runs(found, log, "a", "k", 3) == ["k"] * 3
     assert runs(found, log, "b", "q", 2) == ["q", "record q on b", "graph of q"]
-    assert "no room" in caplog.text
+    assert runs(found, log, "a", "q", 3) == ["q", "record q on a", "q", "q"]
+    assert runs(found, log, "a", "k", 3) == runs(found, log, "b", "k", 3) == ["k"] * 3
+    assert runs(found, log, "b", "q", 1) == ["graph of q"], "what was recorded before stays"
+    assert caplog.text.count("no room") == 1
+
+
+def test_what_failed_the_first_time_has_not_been_run(log: list[str]) -> None:
+    class Failing(Fake):
+        def queue(self) -> None:
+            raise RuntimeError("out of memory")
+
+    found = graphs(log)
+    with pytest.raises(RuntimeError):
+        found.queue("a", "q", lambda: Failing(log, "q"))
+    assert runs(found, log, "a", "q", 3) == ["q", "record q on a", "graph of q", "graph of q"]
+
+
+def test_streams_are_shared_only_when_there_are_no_more() -> None:
+    """torch's own: 32, in turn."""
+    turn = itertools.count()
+    streams = Streams(lambda: next(turn) % 32)
+    staying, _ = streams.take()
+    for _ in range(100):  # clients of four lanes, one after another
+        taken = [streams.take() for _ in range(4)]
+        assert all(alone for _, alone in taken)
+        assert len({staying, *(stream for stream, _ in taken)}) == 5
+        for stream, _ in taken:
+            streams.give_back(stream)
+    many = [streams.take() for _ in range(40)]
+    assert sum(alone for _, alone in many) == 31
+    shared = [stream for stream, alone in many if not alone]
+    assert len(shared) == 9
+    streams.give_back(shared[0])  # its other lane has it still
+    assert not streams.take()[1]
 
 
 def test_other_errors_are_not_hidden(log: list[str]) -> None:

@@ -12,8 +12,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import zmq.asyncio
+
 import asynctsqp
+from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.model_spec import Op
+from asynctsqp.sockets import server_socket
+from gpu_side.cpu import CpuExecutor
+from gpu_side.executor import DeviceLost, Program, Tensors, Times
+from gpu_side.server import Server
 from tests.clients import (
     ATTACHED,
     DONE,
@@ -153,3 +161,37 @@ def test_port_zero_picks_one_and_says_which(tiny_gpu: GpuProcess) -> None:
     assert host == "tcp://127.0.0.1"
     assert 0 < int(port) < 65536
     assert os.path.exists(f"/proc/{tiny_gpu.process.pid}")
+
+
+class Losing(CpuExecutor):
+    """A device that fails its second call, and would each after it."""
+
+    calls = 0
+
+    async def run(
+        self, program: Program, inputs: Tensors, outputs: Tensors, short: bool, lane: object, repeats: object = None
+    ) -> Times:
+        self.calls += 1
+        if self.calls > 1:
+            raise DeviceLost("the device fails every call from here on: an illegal address")
+        return await super().run(program, inputs, outputs, short, lane, repeats)
+
+
+@pytest.mark.parametrize("doorbell", ["on", "off"])
+def test_a_device_that_is_lost_ends_the_gpu_side(
+    doorbell: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Who has asked hears why; and there is no server that greets and then refuses every call."""
+    model, endpoint = tiny_model("gqa"), f"ipc://{tmp_path}/gpu.sock"
+
+    async def run() -> None:
+        with zmq.asyncio.Context() as context, server_socket(context) as socket:
+            socket.bind(endpoint)
+            serving = asyncio.create_task(Server(socket, Checkpoint(model), Losing(1), None).run())
+            async with asynctsqp.Engine.connect(model, endpoint, doorbell=doorbell) as engine:
+                with pytest.raises(asynctsqp.GpuSideError, match="fails every call"):
+                    await engine.complete([1, 2, 3], max_new_tokens=2)
+                with pytest.raises(DeviceLost):
+                    await serving
+
+    asyncio.run(asyncio.wait_for(run(), 20))
