@@ -7,10 +7,13 @@
 The TEE side is the project's own, with its transport and its doorbell. The GPU side is the project's server over a
 device of a set speed (benchmarks.timed_gpu): its calls take a set time, one after another whatever their lane, in which
 nothing is computed. --by products (the default) shares the device's time out by multiplications, as where computing
-takes the time; --by calls gives each call the same, as where reading the weights does. Two kinds of work:
+takes the time; --by calls gives each call the same, as where reading the weights does. Three kinds of work:
 
+- prompts: --sequences requests at once (16), each a prompt of one chunk, until the last one's first token. All chunks
+  are the same work, so that nothing but the overlap is seen.
 - prefill: a prompt of --prompt-tokens random tokens (1024), cut into chunks of --chunk-tokens (128), until the first
-  token of its answer. Chunks are what the lanes have in flight.
+  token of its answer. Chunks are what the lanes have in flight; the first ones take the TEE side less than the device,
+  the last ones more.
 - decode: --sequences requests at once (16), prompts of 16 random tokens, until the last of the --steps tokens (16)
   that follow each first one. The requests are shared out over two lanes at most (tee_side/room.py).
 
@@ -66,6 +69,7 @@ BY = ("products", "calls")
 OWN = 0  # in the place of a number of lanes: one lane, and products that take no time
 ONE = 1
 CALIBRATIONS = 3
+WORKS = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Settings:
     threads: int
     limits: Limits
 
-    def works(self, vocab_size: int) -> tuple[Work, Work]:
+    def works(self, vocab_size: int) -> tuple[Work, ...]:
         """Of always the same tokens."""
         seeded = random.Random(0)
 
@@ -100,7 +104,12 @@ class Settings:
             return [seeded.randrange(vocab_size) for _ in range(tokens)]
 
         decoding = [prompt(DECODE_PROMPT_TOKENS) for _ in range(self.sequences)]
-        return Work("prefill", [prompt(self.prompt_tokens)], 1), Work("decode", decoding, 1 + self.steps)
+        short = [prompt(self.chunk_tokens) for _ in range(self.sequences)]
+        return (
+            Work("prompts", short, 1),
+            Work("prefill", [prompt(self.prompt_tokens)], 1),
+            Work("decode", decoding, 1 + self.steps),
+        )
 
 
 class Sides:
@@ -123,7 +132,7 @@ class Sides:
 
 
 def run(settings: Settings, step: Step) -> list[dict[str, Any]]:
-    """Both kinds of work."""
+    """All kinds of work."""
     works = settings.works(Checkpoint.find(settings.model).spec.vocab_size)
     limits = settings.limits
     with Worker(
@@ -202,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     numbers = {
         "--prompt-tokens": (1024, "of the prefill"),
         "--chunk-tokens": (128, "of the prompt in one batch"),
-        "--sequences": (16, "that decode at once"),
+        "--sequences": (16, "at once, of prompts and of those that decode"),
         "--steps": (16, "of decoding"),
         "--threads": (max(1, len(cores()) - 1), "of the TEE side"),
         "--rounds": (5, "of all numbers of lanes"),
@@ -227,9 +236,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise BadInputError(f"--lanes is at most {MAX_LANES}")
     model = arguments.model or str(demo_model.prepare())
     most = Checkpoint.find(model).spec.max_positions - 1
-    if max(arguments.prompt_tokens, DECODE_PROMPT_TOKENS + arguments.steps) > most:
+    if max(arguments.prompt_tokens, arguments.chunk_tokens, DECODE_PROMPT_TOKENS + arguments.steps) > most:
         raise BadInputError(
-            f"--prompt-tokens is at most {most} for this model, and --steps {most - DECODE_PROMPT_TOKENS}"
+            f"--prompt-tokens and --chunk-tokens are at most {most} for this model, and --steps "
+            f"{most - DECODE_PROMPT_TOKENS}"
         )
     limits = Limits(arguments.rounds, arguments.limit_s)
     return Settings(model, arguments.dtype, lanes, by=arguments.by, limits=limits, **numbers)
@@ -238,7 +248,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(arguments)
     described = machine.describe()
-    with steps(1 + 2 * (1 + settings.limits.rounds)) as step:
+    with steps(1 + WORKS * (1 + settings.limits.rounds)) as step:
         results = run(settings, step)
     return {
         "benchmark": "overlap",

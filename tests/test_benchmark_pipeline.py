@@ -54,14 +54,16 @@ def test_lanes_do_the_same_work(tiny_model: Callable[[str], Path]) -> None:
     options = ("--lanes", "2", "--prompt-tokens", "40", "--chunk-tokens", "16", "--sequences", "3", "--steps", "2")
     report = report_of("overlap", tiny_model("gqa"), *options)
     assert report["settings"]["lanes"] == [1, 2]
-    prefill, decode = report["results"]
-    assert (prefill["work"], decode["work"]) == ("prefill", "decode")
+    prompts, prefill, decode = report["results"]
+    assert (prompts["work"], prefill["work"], decode["work"]) == ("prompts", "prefill", "decode")
+    assert {row["calls"] for row in prompts["lanes"]} == {3 * (4 * LAYERS + 1)}, "none of them share a batch"
+    assert {row["products"] for row in prompts["lanes"]} == {3 * (16 * PRODUCTS - 15 * LAST + SCORES)}
     assert [row["lanes"] for row in prefill["lanes"]] == [1, 2]
     # scores after the last chunk only: the two before it are not computed beyond the last layer's keys and values
     assert {row["calls"] for row in prefill["lanes"]} == {3 * 4 * LAYERS + 1 - 2 * 3}
     assert {row["products"] for row in prefill["lanes"]} == {40 * PRODUCTS - 39 * LAST + SCORES}
-    prompts = overlap.DECODE_PROMPT_TOKENS * PRODUCTS - (overlap.DECODE_PROMPT_TOKENS - 1) * LAST
-    assert {row["products"] for row in decode["lanes"]} == {3 * (prompts + 2 * PRODUCTS + 3 * SCORES)}
+    begun = overlap.DECODE_PROMPT_TOKENS * PRODUCTS - (overlap.DECODE_PROMPT_TOKENS - 1) * LAST
+    assert {row["products"] for row in decode["lanes"]} == {3 * (begun + 2 * PRODUCTS + 3 * SCORES)}
     for result in report["results"]:
         one, two = result["lanes"]
         assert result["rounds"] == len(result["samples"]) == 1
@@ -106,7 +108,7 @@ def test_each_way_makes_its_round_trips(tiny_model: Callable[[str], Path]) -> No
 @pytest.mark.parametrize(
     ("program", "options", "words"),
     [
-        (overlap, ("--prompt-tokens", "512"), "--prompt-tokens is at most 511"),
+        (overlap, ("--prompt-tokens", "512"), "are at most 511"),
         (overlap, ("--steps", "500"), "--steps 495"),
         (overlap, ("--lanes", "0"), "at least 1"),
         (overlap, ("--lanes", "65"), "--lanes is at most 64"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PREFILLS = 4
+PREFILLS = 2
 
 COUNT_FAULTS = """
 import asyncio, resource, sys

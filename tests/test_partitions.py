@@ -58,23 +58,23 @@ def test_tiny_models_answer_like_transformers(
 
 
 def test_the_demo_model_gives_the_same_tokens_on_every_rung(demo_model: Path) -> None:
-    async def answers(partition: str, transport: str) -> list[list[int]]:
+    async def answers(partition: str, transport: str, count: int) -> list[list[int]]:
         async with asynctsqp.Engine.launch(demo_model, partition=partition, transport=transport) as engine:
             return [
                 (await engine.complete(prompt, max_new_tokens=FEW_TOKENS, temperature=0)).token_ids
-                for prompt in prompts
+                for prompt in prompts[:count]
             ]
 
     prompts = DEMO_PROMPTS[:1] + DEMO_PROMPTS[-1:]
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     expected = [reference(demo_model, encode(tokenizer, prompt), FEW_TOKENS) for prompt in prompts]
-    for partition, transport in [
-        ("per-op", "msgpack"),
-        ("batched", "binary"),
-        ("fused", "shm"),
-        ("fused-layer", "shm"),
+    for partition, transport, count in [
+        ("per-op", "msgpack", 1),  # the long one takes these a minute; benchmarks.ladder compares one of 1024 tokens
+        ("batched", "binary", 1),
+        ("fused", "shm", 2),
+        ("fused-layer", "shm", 2),
     ]:
-        assert asyncio.run(answers(partition, transport)) == expected, partition
+        assert asyncio.run(answers(partition, transport, count)) == expected[:count], partition
 
 
 @pytest.mark.parametrize(("partition", "transport"), list(product(PARTITIONS, ["shm", "binary", "msgpack"])))
