@@ -137,7 +137,7 @@ async def _answer(engine: Engine, prompt: str | list[dict[str, str]], sampling: 
             if not as_json:
                 print(shown(piece.text), end="", flush=True)
     if as_json:
-        print(_json(engine, pieces, progress, sampling))
+        print(shown(_json(engine, pieces, progress, sampling)))
         return
     print(flush=True)
     print(summary(progress), file=sys.stderr)

@@ -6,7 +6,7 @@
     |   |-- PromptError          a prompt that cannot be run
     |   |   `-- ContextLengthError     it is longer than the model's context
     |   |-- SharedMemoryError    no room, or no right, to make a region
-    |   `-- HandshakeRefused     the GPU side will not serve this model or setting
+    |   `-- HandshakeRefused     the sides will not work together with this model or setting
     |-- GpuSideError             the untrusted side                               exit code 3
     |   |-- GpuSideUnreachable   nobody answers at the endpoint                   may be retried
     |   |-- GpuSideLost          the connection ended while it was in use         may be retried
@@ -14,6 +14,7 @@
     |   `-- CallRefused          it answered one call with an error
     |-- IntegrityError           a wrong answer was caught                        exit code 4
     |-- AttestationError         no quote, or one that proves nothing             exit code 5
+    |-- DeviceLost               the GPU side's device fails every call           exit code 1
     `-- EngineClosed             a call on an engine that is not running
 
 `retryable` says whether the same call may be made again on a new connection. The text of each error is
@@ -61,7 +62,7 @@ class SharedMemoryError(BadInputError):
 
 
 class HandshakeRefused(BadInputError):
-    """The GPU side refuses this model, dtype or protocol version."""
+    """One side refuses this model, dtype, transport or protocol version of the other."""
 
 
 class GpuSideError(AsynctsqpError):
@@ -100,6 +101,10 @@ class AttestationError(AsynctsqpError):
     """There is no quote, or it does not prove what it should."""
 
     exit_code = 5
+
+
+class DeviceLost(AsynctsqpError):
+    """Of a GPU side: from here on its device fails every call of this process."""
 
 
 class EngineClosed(AsynctsqpError):

@@ -278,8 +278,6 @@ class Connection:
             return
         self.lost = cause
         self._ended.set()
-        self._monitor.close()
-        self._socket.close()  # what it still sends would wait in our memory for somebody to read it
         pending, self._pending = self._pending, {}
         if self._doorbell is not None:
             self._doorbell.wake()  # who reads has nothing to wait for any more
@@ -288,3 +286,5 @@ class Connection:
             if not call.future.done():
                 call.future.set_exception(cause.again())
                 call.future.exception()  # marks it as seen: a call whose caller has left is no news
+        self._monitor.close()
+        self._socket.close()  # what it still sends would wait in our memory for somebody to read it

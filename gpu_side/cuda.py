@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 import torch
 
 from asynctsqp.doorbell import LOOKS
-from asynctsqp.errors import SharedMemoryError, one_line
+from asynctsqp.errors import DeviceLost, SharedMemoryError, one_line
 from asynctsqp.shm import Region
-from gpu_side.executor import DeviceLost, Program, Tensors, Times
+from gpu_side.executor import Program, Tensors, Times
 from gpu_side.graphs import Graphs, Work
 from gpu_side.streams import Streams
 from gpu_side.transit import Graph, Transit
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lane:
-    """alone: no other lane has its stream."""
+    """alone: no other lane had its stream when it got it."""
 
     stream: torch.cuda.Stream
     alone: bool
@@ -70,7 +70,8 @@ class CudaExecutor:
 
     def buffer(self, size: int) -> torch.Tensor:
         # pinned: a copy into other memory would keep the event loop until the stream has got there
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        with self._device_checked():
+            return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
 
     async def run(
         self,
@@ -81,14 +82,11 @@ class CudaExecutor:
         lane: object,
         repeats: object = None,
     ) -> Times:
-        if repeats is None:  # what repeats lies in a region, which is page-locked
-            inputs = tuple([await self._page_locked(tensor, short) for tensor in inputs])
-        try:
+        with self._device_checked():
+            if repeats is None:  # what repeats lies in a region, which is page-locked
+                inputs = tuple([await self._page_locked(tensor, short) for tensor in inputs])
             work, copied = self._queue(partial(Transit, program, inputs, outputs, self.device), short, lane, repeats)
             await self._until_over(copied, short)
-        except torch.AcceleratorError as error:
-            self._check_device(error)
-            raise
         # Back from the moment we know of: over a call's length the events' float32 milliseconds are exact enough,
         # which over hours, from an event at the start, they would not be.
         began = time.perf_counter() - work.start.elapsed_time(copied) / 1e3
@@ -124,12 +122,17 @@ class CudaExecutor:
         torch.cuda.set_device(self.device)
         return work()
 
-    def _check_device(self, cause: BaseException) -> None:
+    @contextlib.contextmanager
+    def _device_checked(self) -> Iterator[None]:
         """Raises DeviceLost if an error was one of those after which every call fails, until the process ends."""
         try:
-            torch.cuda.current_stream(self.device).synchronize()
-        except torch.AcceleratorError:
-            raise DeviceLost(f"the device fails every call from here on: {one_line(cause)}") from None
+            yield
+        except RuntimeError as error:  # the first one may be a library's, as of cuBLAS
+            try:
+                torch.cuda.current_stream(self.device).synchronize()
+            except RuntimeError:
+                raise DeviceLost(f"the device fails every call from here on: {one_line(error)}") from None
+            raise
 
     def pin(self, region: Region) -> None:
         view = region.whole()
@@ -159,7 +162,7 @@ class CudaExecutor:
         try:
             known.stream.synchronize()  # a cancelled call may still be on its way
             self._graphs.forget(lane)
-        except torch.AcceleratorError as error:  # the others are to be given back, too
+        except RuntimeError as error:  # the others are to be given back, too
             log.warning("a lane was not given back to the device: %s", one_line(error))
         self._streams.give_back(known.stream)
 

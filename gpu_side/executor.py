@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 
-from asynctsqp.errors import AsynctsqpError
 from asynctsqp.limits import DECODE_ROWS
 from asynctsqp.model_spec import PARTS, ModelSpec, Op
 from asynctsqp.shm import Region
@@ -23,10 +22,6 @@ SHORT_WORK = 1 << 31
 Tensors = tuple[torch.Tensor, ...]
 Program = Callable[[Tensors, Tensors], None]  # computes the outputs, which are there already, from the inputs
 Times = tuple[float, float]  # when a computation began, by time.perf_counter, and how many seconds it took
-
-
-class DeviceLost(AsynctsqpError):
-    """From here on the device fails every call of this process, whatever it is."""
 
 
 class Executor(Protocol):
@@ -52,7 +47,8 @@ class Executor(Protocol):
         lane: object,
         repeats: object = None,
     ) -> Times:
-        """Runs a program on tensors in host memory. Calls of one lane run in order. short: as `short_rows` says.
+        """Runs a program on tensors in host memory. Calls of one lane run in order, but for tensors that
+        came in messages, which may have to be copied first. short: as `short_rows` says.
 
         repeats: the lane's later calls with an equal one are this program on these very tensors again, until
         `forget`; None promises nothing. Raises DeviceLost, or what the program raises.

@@ -13,12 +13,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import zmq
 import zmq.asyncio
 
-from asynctsqp.errors import AsynctsqpError, CallRefused, one_line
+from asynctsqp.errors import AsynctsqpError, CallRefused, DeviceLost, one_line
 from asynctsqp.messages import MAX_FRAMES, Alive, Refused, ToGpu, ToTee, decode_to_gpu, encode
-from gpu_side.executor import DeviceLost
 
 MAX_CALLS = 256  # of one client in flight; an honest one has as many as slots
 REASON_CHARACTERS = 180  # of a refusal: fits a doorbell's entry
+LAST_WORDS_S = 0.5  # until all who have asked a device that is lost have read why
 PROBE_S = 1.0  # how often each client is tried; one that is gone is forgotten at the next try
 
 # how an answer, and the tensor that goes with it, gets back to who asked
@@ -64,6 +64,8 @@ class Router(ABC, Generic[ClientT]):
         receiving = self._start(self._receive())
         try:
             await asyncio.wait((receiving, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            if self._lost.done():
+                await asyncio.sleep(LAST_WORDS_S)
             (self._lost if self._lost.done() else receiving).result()
         finally:
             for task in self._tasks:

@@ -21,7 +21,7 @@ from asynctsqp.errors import (
     one_line,
 )
 from asynctsqp.layouts import Layouts
-from asynctsqp.limits import MAX_FRAME_BYTES, SLOT_ALIGNMENT
+from asynctsqp.limits import MAX_FRAME_BYTES, MOST_LOADING_S, SLOT_ALIGNMENT
 from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
 from asynctsqp.rpc import CALL_DEADLINE_S, Connection
 from asynctsqp.shm import Region
@@ -33,7 +33,6 @@ from tee_side.room import Room
 from tee_side.seals import Sealer
 
 RETRY_S = 0.2
-MOST_LOADING_S = 1800.0  # of the weights, while the GPU side says that it is alive
 ANSWER_BYTES = SLOT_ALIGNMENT  # of a message without its tensor, at most
 DEVICES = ("cpu", "cuda")  # kinds of them that rooms may differ for
 

@@ -25,11 +25,12 @@ from asynctsqp.errors import (
 )
 from asynctsqp.integer_weights import Matrix
 from asynctsqp.key_stream import KeyStream, new_key, row_words
+from asynctsqp.limits import MOST_LOADING_S
 from asynctsqp.mask_blocks import most_rows
 from asynctsqp.messages import PROTOCOL_VERSION, Done, MaskCall, MaskHello, Refused, Welcome
 from asynctsqp.rpc import Connection
 from asynctsqp.target import Target
-from tee_side.link import ANSWER_BYTES, MOST_LOADING_S, connect_within
+from tee_side.link import ANSWER_BYTES, connect_within
 from tee_side.stock import Batch
 
 MOST_LOSSES = 5  # over one question, while --reconnect-s makes new connections

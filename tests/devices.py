@@ -14,8 +14,9 @@ _OWN = os.environ.get(VARIABLE)
 
 
 def hide() -> None:
-    """From processes that are started from here on; this one has looked."""
-    torch.cuda.is_available()
+    """From processes that are started from here on; this one has looked, and looks no more."""
+    if torch.cuda.is_available():
+        torch.cuda.init()
     os.environ[VARIABLE] = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,9 @@ class LyingGpu:
             frames = [frame if isinstance(frame, bytes) else encode(frame) for frame in answer]
             try:
                 self._socket.send_multipart([identity, *frames])
-            except zmq.ZMQError:
-                self.left.set()
+            except zmq.ZMQError as error:
+                if error.errno == errno.EHOSTUNREACH:
+                    self.left.set()
                 return
 
     def _answers(self, message: Any) -> Iterable[Answer]:

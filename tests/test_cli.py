@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from asynctsqp.command import _answer
+from asynctsqp.config import EngineOptions
 from tee_side.request import Piece, Progress
 from tests.conftest import GpuProcess
 from tests.processes import ROOT, WARNING, run_tee
@@ -146,15 +147,23 @@ def test_an_answer_never_shows_on_standard_error(tee: tuple[str, ...]) -> None:
 class _Saying:
     """In the place of an engine: the GPU side has had a hand in what it answers."""
 
+    options = EngineOptions()
+
     async def generate(self, prompt: str, progress: Progress, **sampling: Any) -> AsyncIterator[Piece]:
         progress.token_came(1.0)
-        yield Piece("a\x1b]52;c;c2VjcmV0\x07b\tc\n", 1, "stop")
+        yield Piece("a\x1b]52;c;c2VjcmV0\x07b\tc\n\x9b2J", 1, "stop")
 
 
-@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd]52;c;c2VjcmV0\ufffdb\tc\n"), (False, None)])
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
 def test_an_answer_commands_no_terminal_and_is_whole_in_a_file(
-    terminal: bool, shown: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    terminal: bool, as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    asyncio.run(_answer(_Saying(), "Hello", {}, as_json=False))  # type: ignore[arg-type]
-    assert capsys.readouterr().out == (shown or "a\x1b]52;c;c2VjcmV0\x07b\tc\n") + "\n"
+    asyncio.run(_answer(_Saying(), "Hello", {}, as_json=as_json))  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert ("\x9b" in out) is not terminal
+    assert terminal is (not set(out) & {"\x1b", "\x07", "\x9b"})
+    if not as_json:
+        shown = "a\ufffd]52;c;c2VjcmV0\ufffdb\tc\n\ufffd2J" if terminal else "a\x1b]52;c;c2VjcmV0\x07b\tc\n\x9b2J"
+        assert out == shown + "\n"

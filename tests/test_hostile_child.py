@@ -6,19 +6,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import psutil
 import pytest
 
 from asynctsqp.config import EngineOptions
-from asynctsqp.errors import AsynctsqpError, GpuSideUnreachable
+from asynctsqp.errors import EngineClosed, GpuSideUnreachable
 from tee_side import local_gpu
 from tee_side.local_gpu import LocalGpuSide
-from tests.processes import wait_until
+from tests.processes import gone, wait_until
 
 Start = Callable[[str], LocalGpuSide]
 LISTENS = "sys.stdout.buffer.write(b'listening somewhere\\n'); sys.stdout.flush();"
-STAYS = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+STAYS = f"{DEAF}; time.sleep(600)"
 SOON_S = 0.3  # instead of STOP_S: a stand-in starts in no time
 
 
@@ -59,11 +64,16 @@ NO_GREETINGS = {
     "bytes that are no text": "os.write(1, b'\\xff\\xfe listening\\n'); sys.exit(1)",
     "another word, and it stays": f"print('hello', flush=True); {STAYS}",
     "a line without end": "\nwhile True: os.write(1, b'x' * 65536)",
+    "nothing, and it stays": STAYS,
+    "nothing, and its child stays": "\nif os.fork(): sys.exit(1)\nos.close(0); time.sleep(3)",
 }
 
 
 @pytest.mark.parametrize("name", NO_GREETINGS)
-def test_one_that_does_not_say_that_it_listens_is_given_up(name: str, start: Start) -> None:
+def test_one_that_does_not_say_that_it_listens_is_given_up(
+    name: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_gpu, "MOST_LOADING_S", 1.0)
     with pytest.raises(GpuSideUnreachable, match="ended with code"):
         start(NO_GREETINGS[name]).endpoint()
 
@@ -77,34 +87,66 @@ def test_its_last_words_are_one_line_that_can_be_printed(start: Start) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_what_it_says_reaches_the_terminal_as_text(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_says_reaches_the_terminal_as_text(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, so that it never waits for somebody to read: more than a pipe holds, in one line."""
-    code = f"os.write(2, b'\\x1b[2J\\xff' + b'y' * 200_000 + b'\\nthe end\\n'); {LISTENS} {STAYS}"
-    local = start(code)
-    local.endpoint()
     said: list[str] = []
-
-    def all_said() -> bool:
-        said.append(capsys.readouterr().err)
-        return "the end" in said[-1]
-
-    assert wait_until(all_said)
+    monkeypatch.setattr(sys, "stderr", mock.Mock(write=said.append))
+    local = start(f"os.write(2, b'\\x1b[2J\\xff' + b'y' * 200_000 + b'\\nthe end\\n'); {LISTENS} {STAYS}")
+    local.endpoint()
+    assert wait_until(lambda: "".join(said).endswith("the end\n"))
     assert "".join(said) == "\ufffd[2J\\xff" + "y" * 200_000 + "\nthe end\n"
 
 
-def test_one_that_will_not_end_is_killed_also_while_it_starts(start: Start) -> None:
-    local = start(f"os.write(2, b'deaf\\n'); {STAYS}")
-    failed: list[AsynctsqpError] = []
+def test_one_that_will_not_end_is_killed_also_while_it_starts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is what it has started. Whoever waits for it is told that the engine was closed."""
+    said: list[str] = []
+    monkeypatch.setattr(sys, "stderr", mock.Mock(write=said.append))
+    local = start(f"{DEAF}; os.fork(); os.write(2, b'%d deaf\\n' % os.getpid()); time.sleep(600)")
+    with ThreadPoolExecutor(1) as asking:
+        asked = asking.submit(local.endpoint)
+        assert wait_until(lambda: "".join(said).count("deaf") == 2)
+        local.stop()
+        with pytest.raises(EngineClosed):
+            asked.result(20)
+    for line in "".join(said).splitlines():
+        assert gone(int(line.removesuffix(" deaf")))
 
-    def ask() -> None:
-        try:
-            local.endpoint()
-        except AsynctsqpError as error:
-            failed.append(error)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    time.sleep(SOON_S)  # it is deaf by now, or is ended by the signal: both are an end
-    local.stop()
-    asking.join(20)
-    assert failed
+def test_one_that_is_being_started_is_stopped_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stop` comes while the process is made, which takes a while on a busy machine."""
+    local, making = start(STAYS), threading.Event()
+    begin = local_gpu._Child._begin
+
+    def slow(child: Any, command: list[str]) -> Any:
+        making.set()
+        time.sleep(0.3)
+        return begin(child, command)
+
+    monkeypatch.setattr(local_gpu._Child, "_begin", slow)
+    with ThreadPoolExecutor(1) as asking:
+        asked = asking.submit(local.endpoint)
+        assert making.wait(10)
+        local.stop()
+        with pytest.raises(EngineClosed):
+            asked.result(20)
+
+
+def test_one_that_cannot_be_started_leaves_nothing(start: Start, tmp_path: Path) -> None:
+    local = start("")
+    (tmp_path / "python").unlink()
+    with pytest.raises(GpuSideUnreachable, match="cannot be started"):
+        local.endpoint()
+
+
+def test_the_words_of_one_are_not_the_next_ones(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says as it is lost, while it listens, is shown; the one after it ends without a word."""
+    words = "sys.stderr.write('asynctsqp.gpu: error: the device is lost\\n')"
+    once = f"\nif not os.path.exists({str(tmp_path / 'once')!r}):\n open({str(tmp_path / 'once')!r}, 'w'); "
+    local = start(f"{once}{LISTENS} {words}; sys.exit(1)\nsys.exit(1)")
+    local.endpoint()
+    assert wait_until(lambda: any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process().children()))
+    with pytest.raises(GpuSideUnreachable, match="ended with code 1"):
+        local.endpoint()
+    assert "the device is lost" in capsys.readouterr().err

@@ -17,10 +17,11 @@ import zmq.asyncio
 
 import asynctsqp
 from asynctsqp.checkpoint import Checkpoint
+from asynctsqp.errors import DeviceLost
 from asynctsqp.model_spec import Op
 from asynctsqp.sockets import server_socket
 from gpu_side.cpu import CpuExecutor
-from gpu_side.executor import DeviceLost, Program, Tensors, Times
+from gpu_side.executor import Program, Tensors, Times
 from gpu_side.server import Server
 from tests.clients import (
     ATTACHED,
@@ -185,13 +186,19 @@ def test_a_device_that_is_lost_ends_the_gpu_side(
     model, endpoint = tiny_model("gqa"), f"ipc://{tmp_path}/gpu.sock"
 
     async def run() -> None:
-        with zmq.asyncio.Context() as context, server_socket(context) as socket:
-            socket.bind(endpoint)
-            serving = asyncio.create_task(Server(socket, Checkpoint(model), Losing(1), None).run())
-            async with asynctsqp.Engine.connect(model, endpoint, doorbell=doorbell) as engine:
-                with pytest.raises(asynctsqp.GpuSideError, match="fails every call"):
-                    await engine.complete([1, 2, 3], max_new_tokens=2)
-                with pytest.raises(DeviceLost):
-                    await serving
+        async def serve() -> None:  # and let go of all at once, as the process does
+            with zmq.asyncio.Context() as context, server_socket(context) as socket:
+                socket.bind(endpoint)
+                bound.set()
+                await Server(socket, Checkpoint(model), Losing(1), None).run()
+
+        bound = asyncio.Event()
+        serving = asyncio.create_task(serve())
+        await bound.wait()
+        async with asynctsqp.Engine.connect(model, endpoint, doorbell=doorbell) as engine:
+            with pytest.raises(asynctsqp.GpuSideError, match="fails every call"):
+                await engine.complete([1, 2, 3], max_new_tokens=2)
+            with pytest.raises(DeviceLost):
+                await serving
 
     asyncio.run(asyncio.wait_for(run(), 20))
