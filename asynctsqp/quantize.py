@@ -18,7 +18,6 @@ from asynctsqp.errors import BadInputError, CheckpointError
 from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.tensor_codec import bytes_of
 
-LARGEST = {8: 127, 12: 2047}  # by the bits of a weight
 DIGIT_BITS = 7
 SMALLEST_SCALE = 2.0**-100  # for rows of (almost) zeros: far below any weight, far above float32's subnormals
 BLOCK = 1 << 22  # elements that are worked on at once: bounds the float copies of a large matrix
@@ -43,13 +42,13 @@ class Quantized:
 
         Raises BadInputError for bits other than 8 or 12, CheckpointError where a weight is not finite.
         """
-        if bits not in LARGEST:
+        if bits not in WEIGHT_DIGITS:
             raise BadInputError(f"--weight-bits is 8 or 12, not {bits}")
         rows, width = weight.shape
         digits = torch.empty(WEIGHT_DIGITS[bits], rows, width, dtype=torch.int8, device=weight.device)
         scales = torch.empty(rows, dtype=torch.float32, device=weight.device)
         for block in _blocks(rows, width):
-            _quantize(weight[block], LARGEST[bits], digits[:, block], scales[block])
+            _quantize(weight[block], (1 << (bits - 1)) - 1, digits[:, block], scales[block])
         if not bool(scales.isfinite().all()):
             raise CheckpointError("the checkpoint holds weights that are not finite")
         return cls(digits, scales)

@@ -69,7 +69,6 @@ BY = ("products", "calls")
 OWN = 0  # in the place of a number of lanes: one lane, and products that take no time
 ONE = 1
 CALIBRATIONS = 3
-WORKS = 3
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ class Sides:
         )
 
 
-def run(settings: Settings, step: Step) -> list[dict[str, Any]]:
+def run(settings: Settings, works: Sequence[Work], step: Step) -> list[dict[str, Any]]:
     """All kinds of work."""
-    works = settings.works(Checkpoint.find(settings.model).spec.vocab_size)
     limits = settings.limits
     with Worker(
         "the TEE side", "benchmarks.overlap_worker", openmp_added(), min(PATIENCE_S, limits.seconds / 20)
@@ -247,9 +245,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(arguments)
+    works = settings.works(Checkpoint.find(settings.model).spec.vocab_size)
     described = machine.describe()
-    with steps(1 + WORKS * (1 + settings.limits.rounds)) as step:
-        results = run(settings, step)
+    with steps(1 + len(works) * (1 + settings.limits.rounds)) as step:
+        results = run(settings, works, step)
     return {
         "benchmark": "overlap",
         "machine": described,

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -70,8 +70,11 @@ class CudaExecutor:
 
     def buffer(self, size: int) -> torch.Tensor:
         # pinned: a copy into other memory would keep the event loop until the stream has got there
-        with self._device_checked():
+        try:
             return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            self._check_device(error)
+            raise
 
     async def run(
         self,
@@ -82,11 +85,14 @@ class CudaExecutor:
         lane: object,
         repeats: object = None,
     ) -> Times:
-        with self._device_checked():
+        try:
             if repeats is None:  # what repeats lies in a region, which is page-locked
                 inputs = tuple([await self._page_locked(tensor, short) for tensor in inputs])
             work, copied = self._queue(partial(Transit, program, inputs, outputs, self.device), short, lane, repeats)
             await self._until_over(copied, short)
+        except RuntimeError as error:  # the first one may be a library's, as of cuBLAS
+            self._check_device(error)
+            raise
         # Back from the moment we know of: over a call's length the events' float32 milliseconds are exact enough,
         # which over hours, from an event at the start, they would not be.
         began = time.perf_counter() - work.start.elapsed_time(copied) / 1e3
@@ -122,17 +128,12 @@ class CudaExecutor:
         torch.cuda.set_device(self.device)
         return work()
 
-    @contextlib.contextmanager
-    def _device_checked(self) -> Iterator[None]:
+    def _check_device(self, cause: RuntimeError) -> None:
         """Raises DeviceLost if an error was one of those after which every call fails, until the process ends."""
         try:
-            yield
-        except RuntimeError as error:  # the first one may be a library's, as of cuBLAS
-            try:
-                torch.cuda.current_stream(self.device).synchronize()
-            except RuntimeError:
-                raise DeviceLost(f"the device fails every call from here on: {one_line(error)}") from None
-            raise
+            torch.cuda.current_stream(self.device).synchronize()
+        except RuntimeError:
+            raise DeviceLost(f"the device fails every call from here on: {one_line(cause)}") from None
 
     def pin(self, region: Region) -> None:
         view = region.whole()

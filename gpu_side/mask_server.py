@@ -21,10 +21,10 @@ from asynctsqp.checkpoint import Checkpoint
 from asynctsqp.errors import CallRefused, HandshakeRefused
 from asynctsqp.integer_weights import Matrix
 from asynctsqp.key_stream import BLOCK_BYTES, MOST_BLOCKS, KeyStream, row_blocks, row_words
+from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.mask_blocks import most_rows
 from asynctsqp.messages import MASK_KEY_BYTES, Done, MaskCall, MaskHello, ToGpu, Welcome
 from asynctsqp.model_spec import ModelSpec, Op
-from asynctsqp.quantize import LARGEST
 from asynctsqp.tensor_codec import bytes_of
 from gpu_side.executor import Executor, short_rows
 from gpu_side.made_weights import MadeWeights
@@ -118,7 +118,7 @@ class MaskServer(Router[MaskClient]):
 
     async def _greet(self, identity: bytes, hello: MaskHello) -> Welcome:
         check_model(hello, self._fingerprint)
-        if hello.weight_bits not in LARGEST:
+        if hello.weight_bits not in WEIGHT_DIGITS:
             raise HandshakeRefused("a mask peer knows weights of 8 and 12 bits")
         if len(hello.key) != MASK_KEY_BYTES:
             raise HandshakeRefused(f"the key of a stream has {MASK_KEY_BYTES} bytes")

@@ -13,6 +13,7 @@ from asynctsqp.compression import NAMES as COMPRESSIONS
 from asynctsqp.doorbell import Doorbell
 from asynctsqp.errors import CallRefused, HandshakeRefused, ProtocolError, one_line
 from asynctsqp.layouts import OPERATIONS
+from asynctsqp.limits import WEIGHT_DIGITS
 from asynctsqp.messages import (
     PROTOCOL_VERSION,
     Attach,
@@ -27,7 +28,6 @@ from asynctsqp.messages import (
     decode_to_gpu,
     encode,
 )
-from asynctsqp.quantize import LARGEST
 from asynctsqp.tensor_codec import WIRE_DTYPES
 from gpu_side.client import Client
 from gpu_side.executor import Executor
@@ -123,7 +123,7 @@ class Server(Router[Client]):
         return Welcome(hello.call_id, str(self._executor.device))
 
     def _check_arithmetic(self, hello: Hello) -> None:
-        if hello.weight_bits not in (0, *LARGEST):
+        if hello.weight_bits not in (0, *WEIGHT_DIGITS):
             raise HandshakeRefused("the GPU side knows weights of 8 and 12 bits")
         if hello.weight_bits and hello.partition != "shielded":
             raise HandshakeRefused("integer weights are for partition shielded")

@@ -22,7 +22,7 @@ from asynctsqp.errors import (
 )
 from asynctsqp.layouts import Layouts
 from asynctsqp.limits import MAX_FRAME_BYTES, MOST_LOADING_S, SLOT_ALIGNMENT
-from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, Refused, Welcome
+from asynctsqp.messages import PROTOCOL_VERSION, Attach, Attached, Hello, MaskHello, Refused, Welcome
 from asynctsqp.rpc import CALL_DEADLINE_S, Connection
 from asynctsqp.shm import Region
 from asynctsqp.target import Target
@@ -52,6 +52,17 @@ async def connect_within(limit_s: float, connect: Callable[[], Awaitable[Made]])
             if not error.retryable or loop.time() >= give_up:
                 raise
             await asyncio.sleep(RETRY_S)
+
+
+async def greet(connection: Connection, hello: Hello | MaskHello, who: str) -> Welcome:
+    """who: is greeted, as messages name it. Raises HandshakeRefused, GpuSideLost or ProtocolError."""
+    answer = await connection.request(hello.call_id, hello, MOST_LOADING_S)
+    if isinstance(answer, Refused):
+        reason = f"{who} refused: {one_line(answer.reason) or 'it does not say why'}"
+        raise (HandshakeRefused if answer.bad_input else GpuSideLost)(reason)
+    if not isinstance(answer, Welcome):
+        raise ProtocolError(f"{who} answered a greeting with another kind of message")
+    return answer
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ class Link:
         """room: of the session before this one, whatever device there is now: lanes are there to stay."""
         connection = await Connection.open(Target.gpu_side(await self._endpoint()), self._most_frame_bytes(room))
         try:
-            device = await self._greet(connection)
+            device = (await greet(connection, self._hello, "the GPU side")).device
             room = room or self._rooms(device)
             carrier = await self._carrier(connection, room)
         except BaseException:
@@ -160,15 +171,6 @@ class Link:
         """Of an honest answer, whatever device the GPU side will say it has."""
         rooms = map(self._rooms, DEVICES) if room is None else (room,)
         return min(MAX_FRAME_BYTES, max(each.slot_bytes for each in rooms) + ANSWER_BYTES)
-
-    async def _greet(self, connection: Connection) -> str:
-        answer = await connection.request(0, self._hello, MOST_LOADING_S)
-        if isinstance(answer, Refused):
-            reason = f"the GPU side refused: {one_line(answer.reason) or 'it does not say why'}"
-            raise (HandshakeRefused if answer.bad_input else GpuSideLost)(reason)
-        if not isinstance(answer, Welcome):
-            raise ProtocolError("the GPU side answered a greeting with another kind of message")
-        return answer.device
 
     async def _carrier(self, connection: Connection, room: Room) -> Carrier:
         options = self._options

@@ -59,8 +59,7 @@ class LocalGpuSide:
         Raises BadInputError or GpuSideUnreachable with the process's own words if it does not come up.
         """
         with self._turn:
-            if self._stopped:
-                raise EngineClosed("the engine was closed while its GPU side started")
+            self._check_wanted()
             if self._child is not None and self._child.has_ended:
                 self._child.end()
                 self._child = None
@@ -71,8 +70,7 @@ class LocalGpuSide:
         with self._turn:
             if self._child is child:
                 self._child = None
-            if self._stopped:
-                raise EngineClosed("the engine was closed while its GPU side started")
+            self._check_wanted()
         raise child.failure()
 
     def stop(self) -> None:
@@ -82,6 +80,10 @@ class LocalGpuSide:
             child, self._child = self._child, None
         if child is not None:
             child.end()
+
+    def _check_wanted(self) -> None:
+        if self._stopped:
+            raise EngineClosed("the engine was closed while its GPU side started")
 
 
 class _Child:

@@ -19,18 +19,16 @@ from asynctsqp.errors import (
     AsynctsqpError,
     CallRefused,
     GpuSideLost,
-    HandshakeRefused,
     ProtocolError,
     one_line,
 )
 from asynctsqp.integer_weights import Matrix
 from asynctsqp.key_stream import KeyStream, new_key, row_words
-from asynctsqp.limits import MOST_LOADING_S
 from asynctsqp.mask_blocks import most_rows
-from asynctsqp.messages import PROTOCOL_VERSION, Done, MaskCall, MaskHello, Refused, Welcome
+from asynctsqp.messages import PROTOCOL_VERSION, Done, MaskCall, MaskHello, Refused
 from asynctsqp.rpc import Connection
 from asynctsqp.target import Target
-from tee_side.link import ANSWER_BYTES, connect_within
+from tee_side.link import ANSWER_BYTES, connect_within, greet
 from tee_side.stock import Batch
 
 MOST_LOSSES = 5  # over one question, while --reconnect-s makes new connections
@@ -125,12 +123,7 @@ class MaskPeer:
             key = new_key()  # of this connection only: an earlier one's rows may have been seen by nobody knows whom
             own = self._identity
             hello = MaskHello(0, PROTOCOL_VERSION, own.fingerprint, own.weight_bits, own.weights, key)
-            answer = await connection.request(0, hello, MOST_LOADING_S)
-            if isinstance(answer, Refused):
-                reason = f"{self._target} refused: {one_line(answer.reason) or 'it does not say why'}"
-                raise (HandshakeRefused if answer.bad_input else GpuSideLost)(reason)
-            if not isinstance(answer, Welcome):
-                raise ProtocolError(f"{self._target} answered a greeting with another kind of message")
+            await greet(connection, hello, str(self._target))
         except BaseException:
             connection.close()
             raise

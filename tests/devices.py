@@ -9,13 +9,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+PRESENT = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not PRESENT, reason="torch sees no CUDA device here")
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _OWN = os.environ.get(VARIABLE)
 
 
 def hide() -> None:
     """From processes that are started from here on; this one has looked, and looks no more."""
-    if torch.cuda.is_available():
+    if PRESENT:
         torch.cuda.init()
     os.environ[VARIABLE] = ""
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from benchmarks import cuda, machine
@@ -22,8 +21,6 @@ from benchmarks.cuda import Run, Setting
 from benchmarks.cuda_table import show
 from benchmarks.turns import Limits
 from tests import devices
-
-PRESENT = torch.cuda.is_available()
 
 
 def test_without_a_device_it_ends_with_one_line(tmp_path: Path) -> None:
@@ -109,7 +106,7 @@ def test_the_gpu_s_share_is_its_own_computing() -> None:
 def results(tiny_model: Callable[[str], Path]) -> list[dict[str, Any]]:
     """Of two settings, all of it on the CPU but where a CUDA device is."""
     model = f"random:{tiny_model('gqa')}"
-    run = Run(20, Limits(1, 0.0), "cuda:0" if PRESENT else "cpu")
+    run = Run(20, Limits(1, 0.0), "cuda:0" if devices.PRESENT else "cpu")
     chosen = [Setting(model, "float32", "shielded", 1), Setting(model, "float32", "fused-layer", 1)]
     done: list[str] = []
     with devices.shown():

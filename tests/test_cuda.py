@@ -1,11 +1,9 @@
-"""The GPU side on a CUDA device: the CPU's results, in order, side by side; and its refusal where there is none."""
+"""Programs on a CUDA device: the CPU's results, in order, side by side."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -14,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import asynctsqp
 from asynctsqp.checkpoint import Checkpoint
-from asynctsqp.errors import BadInputError, SharedMemoryError
+from asynctsqp.errors import SharedMemoryError
 from asynctsqp.layouts import OPERATIONS
 from asynctsqp.model_spec import Op
 from asynctsqp.shm import Region
@@ -25,36 +22,11 @@ from gpu_side.device import choose
 from gpu_side.executor import Tensors
 from gpu_side.programs import FloatPrograms
 from gpu_side.weights import Weights
-from tests import devices
-from tests.conftest import ROOT, GpuProcess
+from tests.devices import needs_cuda
 from tests.gpu_clients import SLOT_BYTES, Tee, calls
-from tests.test_parity import reference
 
-PRESENT = torch.cuda.is_available()
-needs_cuda = pytest.mark.skipif(not PRESENT, reason="torch sees no CUDA device here")
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 A_SECOND = 1_500_000_000  # in a device's clock cycles, more or less
-PROMPT = [1, *range(100, 300, 2)]
-
-
-@pytest.mark.skipif(PRESENT, reason="there is a CUDA device")
-def test_without_a_device_cuda_is_refused() -> None:
-    with pytest.raises(BadInputError, match="no cuda here"):
-        choose("cuda", 1)
-    assert choose("auto", 1).device == torch.device("cpu")
-
-
-def test_a_device_too_many_is_refused() -> None:
-    with pytest.raises(BadInputError, match="no cuda:99 here"):
-        choose("cuda:99", 1)
-
-
-def test_the_command_refuses_it_in_one_line(tiny_model: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-m", "asynctsqp.gpu", "--model", str(tiny_model("gqa")), "--device", "cuda:99"]
-    done = subprocess.run([*command, "--bind", "tcp://127.0.0.1:0"], capture_output=True, text=True, timeout=110)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("asynctsqp.gpu: error: there is no cuda:99 here")
-    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture
@@ -127,24 +99,27 @@ def test_every_operation_gives_the_cpu_s_results(
     assert not caplog.records
 
 
+async def ask_three_times(tee: Tee, expected: Callable[..., Tensors]) -> None:
+    """As it is, recorded and replayed, or replayed: each time what the CPU makes of it."""
+    for _ in range(3):
+        given, made = await tee.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+        torch.testing.assert_close(made, expected("fused", Op.O_MLP, 0, given, made), **FLOAT32)
+
+
 @needs_cuda
 def test_recordings_outlive_another_client(
     cuda: CudaExecutor, checkpoint: Checkpoint, expected: Callable[..., Tensors]
 ) -> None:
     async def run() -> None:
         async with attached("fused", checkpoint, cuda) as staying:
-            for _ in range(3):
-                await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+            await ask_three_times(staying, expected)
             async with attached("fused", checkpoint, cuda) as leaving:
-                for _ in range(3):
-                    await leaving.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+                await ask_three_times(leaving, expected)
                 assert recordings(cuda) == 2
             assert recordings(cuda) == 1
             torch.cuda.empty_cache()  # what the other's recordings held is really gone
             taken = torch.full((1 << 26,), 7.0, device=cuda.device)
-            for _ in range(3):
-                given, made = await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
-                torch.testing.assert_close(made, expected("fused", Op.O_MLP, 0, given, made), **FLOAT32)
+            await ask_three_times(staying, expected)
             assert bool((taken == 7).all())
 
     asyncio.run(run())
@@ -159,39 +134,15 @@ def test_clients_that_come_and_go_get_no_stream_of_one_that_stays(
 
     async def run() -> None:
         async with attached("fused", checkpoint, cuda) as staying:
-            for _ in range(3):
-                await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+            await ask_three_times(staying, expected)
             for _ in range(40):
                 async with attached("fused", checkpoint, cuda) as leaving:
-                    for _ in range(3):
-                        await leaving.ask(Op.O_MLP, 0, 1, 0, 0, 0)
+                    await ask_three_times(leaving, expected)
                 torch.cuda.empty_cache()
             assert recordings(cuda) == 1
-            for _ in range(3):
-                given, made = await staying.ask(Op.O_MLP, 0, 1, 0, 0, 0)
-                torch.testing.assert_close(made, expected("fused", Op.O_MLP, 0, given, made), **FLOAT32)
+            await ask_three_times(staying, expected)
 
     asyncio.run(run())
-
-
-@needs_cuda
-def test_a_device_that_fails_for_good_ends_the_process(tiny_model: Callable[[str], Path]) -> None:
-    """An assertion of a kernel is such an error. In a process of its own, which has no device from then on."""
-    code = """
-import asyncio, torch
-from gpu_side.device import choose
-executor = choose("cuda", 1)
-def fail(inputs, outputs):
-    torch.zeros(4, device=executor.device)[torch.full((1,), 9, device=executor.device)] += 1
-try:
-    asyncio.run(executor.run(fail, (), (), True, "a"))
-finally:
-    executor.forget(["a"])
-"""
-    with devices.shown():
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 1
-    assert "DeviceLost: the device fails every call from here on" in done.stderr
 
 
 @needs_cuda
@@ -325,46 +276,3 @@ def test_a_failed_registration_is_nobody_else_s_error(
     cuda.unpin(region)
     assert "stays registered" in caplog.text
     assert torch.ones(3, device=cuda.device).sum().item() == 3
-
-
-@needs_cuda
-@pytest.mark.parametrize("transport", ["shm", "binary"])
-@pytest.mark.parametrize("partition", OPERATIONS)
-def test_answers_are_transformers_own(
-    partition: str,
-    transport: str,
-    tiny_model: Callable[[str], Path],
-    start_gpu: Callable[..., GpuProcess],
-) -> None:
-    model = tiny_model("gqa")
-    gpu = start_gpu(model, "--device", "cuda")
-
-    async def run() -> list[list[int]]:
-        options = {"partition": partition, "transport": transport}
-        async with asynctsqp.Engine.connect(model, gpu.endpoint, **options) as engine:
-            return [
-                (await engine.complete(PROMPT, max_new_tokens=24, temperature=0, ignore_eos=True)).token_ids
-                for _ in range(2)  # the second time all is replayed
-            ]
-
-    assert asyncio.run(run()) == [reference(model, PROMPT, 24)] * 2
-
-
-@needs_cuda
-def test_requests_side_by_side_and_one_after_another_client(
-    demo_model: Path, start_gpu: Callable[..., GpuProcess]
-) -> None:
-    gpu = start_gpu(demo_model, "--device", "cuda")
-    prompts = [PROMPT, [*PROMPT, 400, 401], PROMPT[:7]]
-
-    async def run() -> list[list[int]]:
-        found = []
-        for _ in range(2):
-            async with asynctsqp.Engine.connect(demo_model, gpu.endpoint) as engine:
-                answers = await asyncio.gather(
-                    *(engine.complete(prompt, max_new_tokens=16, temperature=0, ignore_eos=True) for prompt in prompts)
-                )
-                found += [answer.token_ids for answer in answers]
-        return found
-
-    assert asyncio.run(run()) == [reference(demo_model, prompt, 16) for prompt in prompts] * 2

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import posix_ipc
 import pytest
 import torch
-import zmq
 
 import asynctsqp
 from asynctsqp import rpc
 from asynctsqp.errors import GpuSideLost, HandshakeRefused, ProtocolError
 from asynctsqp.messages import Alive, Attach, Attached, Call, Done, Hello, Refused, Welcome
 from asynctsqp.model_spec import ModelSpec, Op
-from asynctsqp.rpc import Connection
-from asynctsqp.shm import Region
-from asynctsqp.sockets import MAX_FRAME_BYTES
-from asynctsqp.target import Target
 from tee_side import link
-from tests.clients import call
-from tests.peers import Lie, LyingGpu, lying_gpu
+from tests.peers import Lie, LyingGpu, attached, lying_gpu
 from tests.processes import shared_memory_names
 
 PROMPT = [1, 100, 200, 300]
@@ -206,6 +199,13 @@ def test_shared_memory_alone_needs_the_right_nonce(name: str, tiny_model: Callab
     assert not shared_memory_names()
 
 
+def alive() -> Iterator[list[Alive]]:
+    """For eight seconds, which is longer than anybody waits."""
+    for _ in range(80):
+        time.sleep(0.1)
+        yield [Alive()]
+
+
 SILENT: dict[str, type] = {"the greeting": Hello, "the region": Attach}
 
 
@@ -227,12 +227,10 @@ def test_a_handshake_in_which_it_is_alive_for_ever_ends_at_its_limit(
     for limit in ("MOST_LOADING_S", "CALL_DEADLINE_S"):
         monkeypatch.setattr(link, limit, 0.5)
 
-    def alive(_: Any) -> Iterator[list[bytes]]:
-        for _ in range(80):  # eight seconds
-            time.sleep(0.1)
-            yield [msgspec.msgpack.encode([15])]
-
-    with lying_gpu({SILENT[name]: alive}) as gpu, pytest.raises(asynctsqp.GpuSideError, match="in time") as caught:
+    with (
+        lying_gpu({SILENT[name]: lambda _: alive()}) as gpu,
+        pytest.raises(asynctsqp.GpuSideError, match="in time") as caught,
+    ):
         answer(tiny_model("gqa"), gpu.endpoint)
     assert_one_line(caught.value)
     assert not shared_memory_names()
@@ -242,11 +240,9 @@ def test_a_region_whose_name_is_taken_away_is_still_a_region(tiny_model: Callabl
     """Whoever runs the GPU side may be able to; `Attached` comes after."""
 
     def unlink(attach: Attach) -> list[list[Any]]:
-        region = Region.attach(attach.name, attach.lanes, attach.slots, attach.slot_bytes)
-        region.unlink()
-        nonce = region.nonce
-        region.close()
-        return [[Attached(attach.call_id, nonce)]]
+        answer = attached(attach)
+        posix_ipc.unlink_shared_memory(attach.name)
+        return [[answer]]
 
     with lying_gpu({Attach: unlink}) as gpu:
         assert answer(tiny_model("gqa"), gpu.endpoint, transport="shm").completion_tokens == 2
@@ -269,9 +265,7 @@ def test_who_breaks_the_protocol_is_hung_up_on_at_once(tiny_model: Callable[[str
 
     def talk(call: Any) -> Iterator[list[Any]]:
         yield [b"nonsense"]
-        for _ in range(80):  # eight seconds
-            time.sleep(0.1)
-            yield [Alive()]
+        yield from alive()
 
     async def run(gpu: LyingGpu) -> bool:
         async with asynctsqp.Engine.connect(tiny_model("gqa"), gpu.endpoint, doorbell="off") as engine:
@@ -281,89 +275,3 @@ def test_who_breaks_the_protocol_is_hung_up_on_at_once(tiny_model: Callable[[str
 
     with lying_gpu({Call: talk}) as gpu:
         assert asyncio.run(asyncio.wait_for(run(gpu), 20))
-
-
-def test_wakes_that_nobody_reads_are_not_kept(tmp_path: Path) -> None:
-    """A peer that reads nothing: beyond what ZeroMQ and the kernel hold for it, one waits."""
-
-    async def run(endpoint: str) -> int:
-        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
-        try:
-            for _ in range(50_000):
-                connection._wake_peer()
-            await asyncio.sleep(0)
-            return sum(issubclass(type(thing), asyncio.Future) for thing in gc.get_objects())
-        finally:
-            connection.close()
-
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
-        socket.setsockopt(zmq.RCVHWM, 1)
-        socket.bind(f"ipc://{tmp_path}/deaf.sock")
-        assert asyncio.run(asyncio.wait_for(run(f"ipc://{tmp_path}/deaf.sock"), 30)) < 1000
-
-
-def test_a_call_without_answer_ends_at_its_deadline_and_fails_all_others() -> None:
-    async def run(endpoint: str) -> list[Any]:
-        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
-        settled: list[int] = []
-        try:
-            calls = [
-                connection.call(1, call(1, slot=0), deadline_s=60, settled=lambda: settled.append(1)),
-                connection.call(2, call(2, slot=1), deadline_s=0.5, settled=lambda: settled.append(2)),
-            ]
-            errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
-            late = connection.call(3, call(3, slot=0), settled=lambda: settled.append(3))
-            return [*errors, *await asyncio.gather(late, return_exceptions=True), sorted(settled)]
-        finally:
-            connection.close()
-
-    with lying_gpu({Call: lambda call: []}) as gpu:
-        *errors, settled = asyncio.run(run(gpu.endpoint))
-    for error in errors:
-        assert isinstance(error, asynctsqp.GpuSideError)
-        assert_one_line(error)
-    assert settled == [1, 2, 3], "each call gives back its slot exactly once"
-
-
-def test_time_in_which_we_were_stopped_is_not_the_gpu_sides() -> None:
-    """As with Ctrl-Z and `fg`, and a deadline in between: the event loop stands still, and the answer comes after."""
-
-    def later(call: Any) -> list[list[bytes]]:
-        time.sleep(5)
-        return [[Done(call.call_id, 0.0, 0.0)]]
-
-    async def run(endpoint: str) -> Any:
-        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
-        try:
-            reply = connection.call(1, call(1, slot=0), deadline_s=3)
-            await asyncio.sleep(0.2)
-            time.sleep(4.5)  # noqa: ASYNC251 - it is what being stopped is like
-            return (await asyncio.wait_for(reply, 10))[0]
-        finally:
-            connection.close()
-
-    with lying_gpu({Call: later}) as gpu:
-        assert asyncio.run(run(gpu.endpoint)) == Done(1, 0.0, 0.0)
-
-
-def test_messages_without_end_do_not_stop_the_deadline() -> None:
-    """A GPU side that talks all the time without answering: the deadline comes before the talk has ended."""
-    over = threading.Event()
-
-    def talk(call: Any) -> Iterator[list[bytes]]:
-        end = time.monotonic() + 8
-        while time.monotonic() < end:
-            yield [msgspec.msgpack.encode([15])]
-        over.set()
-
-    async def run(endpoint: str) -> bool:
-        connection = await Connection.open(Target.gpu_side(endpoint), MAX_FRAME_BYTES)
-        try:
-            with pytest.raises(asynctsqp.GpuSideError):
-                await connection.call(1, call(1, slot=0), deadline_s=0.5)
-            return over.is_set()
-        finally:
-            connection.close()
-
-    with lying_gpu({Call: talk}) as gpu:
-        assert not asyncio.run(run(gpu.endpoint))
